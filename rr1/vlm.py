@@ -1,0 +1,186 @@
+"""Qwen2.5-VL as this project uses it, Eq. (1): load, freeze, encode an image once, score responses.
+
+Shapes: B prompts, G responses each, P prompt tokens, L response tokens, H hidden size, V vocabulary.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+# Tokens that stand for pixels or frame them. A policy that emits one breaks its own next forward pass, so none is sampled.
+VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                 "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>")
+
+
+class Processor:
+    """Tokenizer and image processor, loaded apart: together they would ask for torchvision."""
+
+    def __init__(self, tokenizer, image_processor):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.image_token_id, self.end_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|im_end|>"])
+        present = tokenizer.get_vocab()
+        self.banned_ids = [present[t] for t in VISION_TOKENS + ("<|im_start|>",) if t in present]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, **image_options) -> "Processor":
+        """image_options: `min_pixels`, `max_pixels` (height x width after resizing), where the checkpoint's own will not do."""
+        return cls(AutoTokenizer.from_pretrained(name_or_path),
+                   AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **image_options))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (patches, patch size) floats and the (image, 3) grid of patches: time, height, width."""
+        out = self.image_processor(images=list(images), return_tensors="pt")
+        return out["pixel_values"], out["image_grid_thw"]
+
+    def visual_tokens(self, grid_thw: torch.Tensor) -> list[int]:
+        """Tokens that the language model sees of each image: merge_size^2 patches make one."""
+        return (grid_thw.prod(-1) // self.image_processor.merge_size ** 2).tolist()
+
+    def prompt_ids(self, text: str, visual_tokens: Sequence[int], start: str = "") -> list[int]:
+        """Token ids of one user turn, X_d (+) P of Eq. (1): the images first, then the text, then the assistant's header.
+        `start` is text put into the assistant's mouth."""
+        content = [{"type": "image"} for _ in visual_tokens] + [{"type": "text", "text": text}]
+        rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                      add_generation_prompt=True)
+        counts, ids = iter(visual_tokens), []
+        for token in self.tokenizer(rendered + start, add_special_tokens=False)["input_ids"]:
+            ids += [token] * next(counts) if token == self.image_token_id else [token]
+        return ids
+
+    def response_ids(self, text: str) -> list[int]:
+        """Token ids of a response with its end-of-turn token, which is trained and sampled like any other."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load(name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+         **image_options) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
+    """The model and its processor from a folder or a hub id; weights only as safetensors."""
+    try:
+        processor = Processor.from_pretrained(name_or_path, **image_options)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise SystemExit(f"--model {name_or_path}: neither a checkpoint folder nor a model that can be downloaded: {error}") from error
+    return model.to(device), processor
+
+
+def freeze_vision(model) -> None:
+    """Freeze the vision tower with its merger (the paper's projection layers): section 5, Training Configuration."""
+    model.model.visual.requires_grad_(False)
+    model.model.visual.eval()
+
+
+def count_parameters(model) -> str:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return f"trainable {trainable:,}, frozen {frozen:,}"
+
+
+def encode_images(model, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
+    """Run the vision tower once: a list of (visual tokens, H), one an image, without gradient where vision is frozen.
+
+    What comes back serves sampling, the reference and the policy alike.
+    """
+    visual = model.model.visual
+    trainable = any(p.requires_grad for p in visual.parameters())
+    with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+        features = visual(pixel_values.to(visual.device, visual.dtype), grid_thw=grid_thw.to(visual.device)).pooler_output
+    return list(features.split((grid_thw.prod(-1) // visual.spatial_merge_size ** 2).tolist()))
+
+
+@dataclass
+class Prompt:
+    """One prompt, ready for the language model: ids (P,), M-RoPE positions (3, P), features (visual tokens, H)."""
+    ids: torch.Tensor
+    positions: torch.Tensor
+    features: torch.Tensor
+
+    @property
+    def next_position(self) -> int:
+        """Where the first response token stands: one past the largest position of the prompt."""
+        return int(self.positions.max()) + 1
+
+
+def make_prompt(model, ids: Sequence[int], grid_thw: torch.Tensor, features: Sequence[torch.Tensor]) -> Prompt:
+    """ids: P token ids with the image placeholders expanded; grid_thw (images, 3); features: one tensor an image."""
+    device = model.device
+    ids = torch.tensor(ids, device=device)
+    is_image = ids == model.config.image_token_id
+    features = torch.cat(list(features)) if len(features) else torch.zeros(0, model.config.text_config.hidden_size, device=device)
+    if int(is_image.sum()) != len(features):
+        raise ValueError(f"the prompt holds {int(is_image.sum())} image tokens, the images give {len(features)}: "
+                         "was the prompt cut? Prompts are never truncated here; raise the limit or shrink the image")
+    positions, _ = model.model.get_rope_index(ids[None], is_image[None].int(), image_grid_thw=grid_thw.to(device) if len(grid_thw) else None,
+                                              attention_mask=torch.ones_like(ids)[None])
+    return Prompt(ids, positions[:, 0], features)
+
+
+def embed(model, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Token embeddings (.., H) with the image features, in order, at the image placeholders."""
+    embeddings = model.get_input_embeddings()(ids)
+    at_image = (ids == model.config.image_token_id)[..., None]
+    return embeddings.masked_scatter(at_image, features.to(embeddings.dtype))
+
+
+def scale_logits(logits: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> torch.Tensor:
+    """(.., V) logits -> the logits of the policy in at least float32: banned ids impossible, divided by the temperature.
+    Sampling and scoring both go through here, so that they speak of the same distribution."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return logits.index_fill(-1, torch.tensor(list(banned), device=logits.device), float("-inf")) if len(banned) else logits
+
+
+def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], temperature: float = 1.0,
+                banned: Sequence[int] = (), with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """log pi(response | image, prompt), token by token, for B groups of responses.
+
+    responses: B lists of token-id lists. Each group is one packed row [prompt, response 1 .. response G]: a response sees the
+    prompt and itself, and its positions start where the prompt ended, so the prompt is computed once and the result equals
+    that of separate rows. -> logps (N, L) in float32, mask (N, L), and entropies (N, L) without gradient where asked;
+    N = all responses in order, padded on the right with 0.
+    """
+    device = model.device
+    rows, positions, branches, previous, targets = [], [], [], [], []
+    for prompt, group in zip(prompts, responses, strict=True):
+        row, position, branch, offset = [prompt.ids], [prompt.positions], [torch.zeros(len(prompt.ids), dtype=torch.long)], len(prompt.ids)
+        for g, response in enumerate(group, start=1):
+            n = len(response)
+            row.append(torch.tensor(response, device=device))
+            position.append((prompt.next_position + torch.arange(n, device=device)).expand(3, n))
+            branch.append(torch.full((n,), g))
+            previous.append(torch.tensor([len(prompt.ids) - 1, *range(offset, offset + n - 1)]))   # what predicts each token
+            targets.append(row[-1])
+            offset += n
+        rows.append(torch.cat(row)), positions.append(torch.cat(position, 1).T), branches.append(torch.cat(branch))
+    lengths = [len(t) for t in targets]
+    ids = pad_sequence(rows, batch_first=True)                                      # (B, N)
+    position_ids = pad_sequence(positions, batch_first=True).permute(2, 0, 1)       # (3, B, N)
+    branch = pad_sequence(branches, batch_first=True, padding_value=-1).to(device)  # (B, N): 0 prompt, g response g, -1 padding
+    attention = None                                                                # one response a row: plain causal attention
+    if any(len(group) > 1 for group in responses):
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=device).tril()
+        attention = (causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])))[:, None]   # (B, 1, N, N)
+    features = torch.cat([p.features for p in prompts])
+    hidden = model.model.language_model(inputs_embeds=embed(model, ids, features), attention_mask=attention,
+                                        position_ids=position_ids, use_cache=False).last_hidden_state      # (B, N, H)
+    row_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([sum(map(len, g)) for g in responses]))
+    hidden = hidden[row_of.to(device), torch.cat(previous).to(device)]              # (tokens, H): response tokens only
+    logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)          # (tokens, V)
+    chosen = logps.gather(-1, torch.cat(targets)[:, None])[:, 0]
+    pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)          # (tokens,) -> (N, L)
+    entropy = None
+    if with_entropy:
+        with torch.no_grad():
+            entropy = pad(-(logps.exp() * logps).nansum(-1))           # 0 log 0 = 0
+    return pad(chosen), pad(torch.ones_like(chosen)), entropy
