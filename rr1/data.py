@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -105,6 +106,11 @@ class Batch:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
 
+    def __getitem__(self, part: slice) -> "Batch":
+        """Some of the prompts, with their own patches."""
+        patches = self.pixel_values.split(self.grid_thw.prod(-1).tolist())
+        return Batch(self.ids[part], torch.cat(patches[part]), self.grid_thw[part])
+
 
 def collate(texts: Sequence[str], images: Sequence[Image.Image], processor: Processor) -> Batch:
     """One picture and one text a prompt -> a Batch. Each image is preprocessed once, whatever will be sampled from it."""
@@ -121,3 +127,16 @@ def encode(model, batch: Batch) -> list[Prompt]:
     """One pass of the vision tower over the batch's images -> prompts that sampling, reference and policy share."""
     features = encode_images(model, batch.pixel_values, batch.grid_thw)
     return [make_prompt(model, ids, grid[None], [f]) for ids, grid, f in zip(batch.ids, batch.grid_thw, features)]
+
+
+def prefetch(make: Callable[[int], Any], steps: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """(step, make(step)) in order; the next one is made in a thread while the last one is used."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = None
+        for step in steps:
+            following = (step, pool.submit(make, step))
+            if ahead:
+                yield ahead[0], ahead[1].result()
+            ahead = following
+        if ahead:
+            yield ahead[0], ahead[1].result()

@@ -226,7 +226,9 @@ def _from_file(name: str) -> Reward:
         raise ValueError(f"reward {name!r}: {file!r} is not a Python file (.py)")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
-    reward = _from({key: value for key, value in vars(module).items() if inspect.isfunction(value)}, function, file)
+    functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+    own = {key: value for key, value in functions.items() if value.__module__ == module.__name__}
+    reward = functions.get(function) or _from(own, function, file)  # an imported one may be used, but is no suggestion
     try:
         inspect.signature(reward).bind("response", "record")
     except TypeError as error:

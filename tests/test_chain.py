@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from degrade import DEGRADATIONS, Degradation, canonical
-from rr1.chain import MAX_INSTANCES, SECTIONS, TAGS, Chain, build_prompt, is_well_formed, parse, render
+from rr1.chain import MAX_INSTANCES, SECTIONS, TAGS, Chain, build_prompt, build_question, is_well_formed, parse, render
 
 CHAIN = Chain([("lens blur", 0.47), ("noise", 0.2)], "soft edges", "four cars in a row", "they are trucks", "0")
 TEXT = (
@@ -253,4 +253,5 @@ def test_the_prompt_asks_for_the_sections_in_order():
     assert (question, choices) == ("What are these?", "0. trucks 1. wagons 2. jeeps 3. cars")
     places = [instruction.index(name) for name in SECTIONS]
     assert places == sorted(places) and len(instruction.split()) <= 12
+    assert build_question("What are these?", ["trucks", "wagons", "jeeps", "cars"]) == f"{question}\n{choices}"
     assert build_prompt("What are these?") == f"{question}\n{instruction}" == build_prompt("What are these? ", [])

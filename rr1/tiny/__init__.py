@@ -1,0 +1,14 @@
+"""The embedded default: a drawn world, a small but real Qwen2.5-VL, its weights. Nothing to download."""
+from __future__ import annotations
+
+from pathlib import Path
+
+BASE = str(Path(__file__).parent / "base")           # pretrained on captions, open and choice questions
+SFT = str(Path(__file__).parent / "sft")             # and then fine-tuned on chains: what train_sft.py makes of it
+WORLD = Path("runs/tiny-world")                      # where the data set is written when first needed
+
+
+def dataset(split: str) -> str:
+    """Path of the drawn world's `train` or `test` file; draws the world first if it is not there yet (half a minute)."""
+    from rr1.tiny import world
+    return str(world.write(WORLD) / f"{split}.jsonl")

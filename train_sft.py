@@ -1,0 +1,113 @@
+"""Supervised fine-tuning on reasoning chains: Eq. (5), Figure 2(A).
+
+    L_SFT = - E sum_n log P(w_n | w_<n, X_d, P)
+
+The whole language model is trained, the vision tower and its merger are frozen, the loss counts the response's tokens, the
+end-of-turn token included. By default the tiny base model learns from a quarter of the drawn world:
+
+    python train_sft.py                                                       # laptop, 6 minutes -> runs/sft/model
+    torchrun --nproc-per-node 2 train_sft.py --out runs/sft2                  # two processes, the same batch shared out
+    torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --images train_images \\
+        --lr 1e-5 --batch 64 --micro-batch 1 --gradient-checkpointing --out runs/sft-3b
+
+Differences from the paper: Eq. (5) sums over a sequence; here the sum is divided by the number of response tokens of the
+whole batch, over all processes, so the step does not depend on how the batch is split.
+"""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from rr1 import data, runtime, tiny, vlm
+from rr1.runtime import opt
+
+
+@dataclass
+class Config:
+    model: str = opt(tiny.BASE, "checkpoint folder or hub id to start from")
+    data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
+    images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
+    out: str = opt("runs/sft", "the run's folder")
+    steps: int = opt(220, "optimizer steps")
+    batch: int = opt(64, "records a step, over all processes")
+    micro_batch: int = opt(32, "records a forward and backward pass, in each process")
+    lr: float = opt(1e-3, "peak learning rate (1e-5 is usual for the 3B model)")
+    warmup: int = opt(20, "steps of linear warm-up; a cosine down to a tenth follows")
+    weight_decay: float = opt(0.01, "of AdamW, on matrices only")
+    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
+    gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: slower, much less memory")
+    seed: int = opt(0, "fixes the split, the order and everything else")
+    save_every: int = opt(100, "steps between checkpoints")
+    resume: bool = opt(False, "go on from the newest checkpoint in --out")
+    tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
+
+
+PANELS = ["loss: loss", "gradient norm: grad_norm", "learning rate: lr", "tokens per second: tokens_per_second"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = runtime.parse_config(Config, argv, __doc__)
+    rt = runtime.setup(config.seed)
+    run = runtime.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
+    with runtime.main_first(rt):
+        path = config.data or tiny.dataset("train")
+    records = data.split(data.read(path, config.images), config.part, config.seed)
+
+    model, processor = vlm.load(config.model, device=rt.device)
+    vlm.freeze_vision(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first = (run.load(model, optimizer) or {"step": 0})["step"]
+    if rt.is_main:
+        print(f"{vlm.count_parameters(model)}; {len(records)} records from {path}")
+
+    def load(step: int) -> tuple[data.Batch, list[list[int]]]:
+        share = data.batch_indices(len(records), config.batch, step, config.seed)[rt.rank::rt.world_size]
+        chosen = [records[i] for i in share]
+        return data.load_batch(chosen, processor), [processor.response_ids(r["response"]) for r in chosen]
+
+    with runtime.Interrupt(rt) as interrupt:
+        for step, (batch, responses) in data.prefetch(load, range(first, config.steps)):
+            start = time.perf_counter()
+            rate = config.lr * runtime.cosine_with_warmup(step, config.steps, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            tokens = runtime.sum_over_ranks({"tokens": sum(map(len, responses))}, rt)["tokens"]
+            loss = 0.0
+            for i in range(0, len(responses), config.micro_batch):
+                with rt.autocast():
+                    prompts = data.encode(model, batch[i:i + config.micro_batch])
+                    logps, mask, _ = vlm.group_logps(model, prompts, [[ids] for ids in responses[i:i + config.micro_batch]])
+                part = -(logps * mask).sum() / tokens                               # Eq. (5) over the batch's tokens
+                part.backward()
+                loss += part.item()
+            runtime.sum_gradients(parameters, rt)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - start
+            totals = runtime.sum_over_ranks({"loss": loss}, rt)
+            run.log(step + 1, totals | {"grad_norm": norm, "lr": rate, "tokens": tokens, "seconds": seconds,
+                                        "tokens_per_second": tokens / seconds},
+                    f"step {step + 1:4d}/{config.steps}  loss {totals['loss']:.4f}  grad {norm:.2f}  lr {rate:.1e}  "
+                    f"{tokens / seconds:.0f} tokens/s")
+            stop = interrupt.requested
+            if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                run.save(step + 1, model, processor, optimizer)
+            if stop:
+                run.stop(step + 1)
+    run.finish(model, processor)
+    if rt.is_main:
+        print(f"written: {run.out}/model")
+    runtime.teardown(rt)
+
+
+if __name__ == "__main__":
+    main()
