@@ -80,13 +80,6 @@ def _smooth_field(shape: tuple[int, ...], cells: int, rng: np.random.Generator, 
     return cv2.resize(np.ascontiguousarray(field), (w, h), interpolation=cv2.INTER_CUBIC).reshape(h, w, channels)
 
 
-def _blend(image: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """image (1 - alpha) + colour alpha, for alpha (H, W, 3) float32 in [0, 1]."""
-    return cv2.add(
-        cv2.multiply(image, 1 - alpha, dtype=cv2.CV_32F), cv2.multiply(colour, alpha, dtype=cv2.CV_32F), dtype=cv2.CV_8U
-    )
-
-
 def _gaussian_noise(shape: tuple[int, ...], rng: np.random.Generator, sigma: float = 1.0) -> np.ndarray:
     """float32 Gaussian noise from random bytes and the 256 quantiles of the normal law: five times numpy's speed."""
     quantiles = [sigma * NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)]
@@ -99,9 +92,9 @@ def _gaussian_noise(shape: tuple[int, ...], rng: np.random.Generator, sigma: flo
 
 @_checked
 def lens_blur(image, s, rng):
-    """Defocus: every point becomes a disk. s: its radius, up to 2.5 % of the short side."""
+    """Defocus: every point becomes a disk. s: its radius, up to 3 % of the short side."""
     h, w = image.shape[:2]
-    radius = 0.025 * s * min(h, w)
+    radius = 0.03 * s**0.7 * min(h, w)
     shrink = max(1.0, radius / 4)  # a wide disk is applied to a smaller picture: same result, far fewer products
     small = cv2.resize(image, _small(image, min(h, w) / shrink), interpolation=cv2.INTER_AREA)
     radius /= shrink
@@ -116,48 +109,50 @@ def lens_flare(image, s, rng):
     """A light shining into the lens: glow and veil round it, rays, and coloured ghosts mirrored through the centre,
     all added as light (screen blend). s: the strength of that light."""
     h, w = image.shape[:2]
-    cols, rows = _small(image, 120)
-    y, x = np.mgrid[0:rows, 0:cols].astype(np.float32) / min(rows, cols)
-    centre = np.array([cols, rows]) / min(rows, cols) / 2
-    angle, turn = rng.uniform(0, 2 * np.pi, 2)
-    source = centre + 0.75 * centre * [np.cos(angle), np.sin(angle)]
-    dx, dy = x - source[0], y - source[1]
-    distance = np.hypot(dx, dy)
-    rays = np.abs(np.cos(3 * (np.arctan2(dy, dx) + turn))) ** 24
-    glow = np.exp(-((distance / 0.09) ** 2)) * 1.5 + 0.3 * np.exp(-distance / 0.35) + 0.14
-    glow += 0.5 * rays * np.exp(-distance / 0.2)
+    cols, rows = _small(image, 100)
+    side = min(cols, rows)
+    y, x = (np.arange(rows, dtype=np.float32)[:, None] / side, np.arange(cols, dtype=np.float32) / side)
+    angle, turn = rng.uniform(0, 2 * math.pi, 2).tolist()
+    middle = cols / side / 2, rows / side / 2
+    source = middle[0] * (1 + 0.75 * math.cos(angle)), middle[1] * (1 + 0.75 * math.sin(angle))
+    distance, direction = cv2.cartToPolar(*np.broadcast_arrays(x - source[0], y - source[1]))
+    rays = np.cos(3 * (direction + turn)) ** 2
+    rays = rays * rays * rays * rays
+    glow = 1.5 * np.exp(-((distance / 0.09) ** 2)) + 0.3 * np.exp(-distance / 0.35) + 0.14
+    glow += 0.5 * rays * rays * rays * np.exp(-distance / 0.2)
     light = glow[..., None] * np.array([1, 0.93, 0.8], np.float32)
-    for _ in range(7):
-        place, radius = rng.uniform(0.3, 2.2), rng.uniform(0.03, 0.13)
-        at = source + place * (centre - source)
-        r = np.hypot(x - at[0], y - at[1]) / radius
+    for place, size, *colour in rng.random((7, 5)).tolist():
+        place, size = 0.3 + 1.9 * place, 0.03 + 0.1 * size
+        at = [a + place * (m - a) for a, m in zip(source, middle)]
+        left, top = (max(0, math.floor((a - size) * side)) for a in at)
+        right, bottom = (max(0, math.ceil((a + size) * side)) for a in at)
+        r = np.hypot(x[left:right] - at[0], y[top:bottom] - at[1]) / size
         ghost = np.clip((1 - r) * 12, 0, 1) * (0.4 + 0.6 * np.minimum(r, 1) ** 3)
-        light += ghost[..., None] * (0.25 * rng.uniform(0.1, 1, 3)).astype(np.float32)
-    kept = cv2.resize(1 - s * np.minimum(light, 1).astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
+        light[top:bottom, left:right] += ghost[..., None] * (0.03 + 0.22 * np.array(colour, np.float32))
+    kept = cv2.resize(1 - s * np.minimum(light, 1), (w, h), interpolation=cv2.INTER_LINEAR)
     return cv2.bitwise_not(cv2.multiply(cv2.bitwise_not(image), kept, dtype=cv2.CV_8U))
 
 
 @_checked
 def motion_blur(image, s, rng):
-    """The camera moves in a straight line during the exposure. s: the path's length, up to 6 % of the short side."""
-    length = 0.06 * s * min(image.shape[:2])
+    """The camera moves in a straight line during the exposure. s: the path's length, up to 8 % of the short side."""
+    h, w = image.shape[:2]
+    length = 0.08 * s**0.7 * min(h, w)
     angle = rng.uniform(0, np.pi)
-    step = np.array([np.cos(angle), np.sin(angle)])
+    dx, dy = math.cos(angle), math.sin(angle)
     copies = max(1, math.ceil(length / 8))  # a long line is the mean of shifted copies of a short one
-    piece = length / copies
+    step = (length + 1) / copies  # a drawn line is one pixel longer than its path
+    piece = step - 1
     y, x = np.mgrid[-5:6, -5:6]
-    along = np.clip(x * step[0] + y * step[1], -piece / 2, piece / 2)
-    line = np.clip(1 - np.hypot(x - along * step[0], y - along * step[1]), 0, 1)
+    along = np.clip(x * dx + y * dy, -piece / 2, piece / 2)
+    line = np.clip(1 - np.hypot(x - along * dx, y - along * dy), 0, 1)
     blurred = cv2.filter2D(image, -1, line / line.sum(), borderType=BORDER)
     if copies == 1:
         return blurred
-    h, w = image.shape[:2]
-    pad = math.ceil(length / 2)
-    padded = cv2.copyMakeBorder(blurred, pad, pad, pad, pad, BORDER)
     total = np.zeros(image.shape, np.float32)
-    for k in range(copies):
-        dx, dy = np.rint((k - (copies - 1) / 2) * piece * step).astype(int) + pad
-        cv2.accumulate(padded[dy : dy + h, dx : dx + w], total)
+    for far in (np.arange(copies) - (copies - 1) / 2) * step:
+        moved = cv2.warpAffine(blurred, np.array([[1, 0, far * dx], [0, 1, far * dy]]), (w, h), borderMode=BORDER)
+        cv2.accumulate(moved, total)
     return cv2.convertScaleAbs(total, alpha=1 / copies)
 
 
@@ -168,20 +163,16 @@ def dirty_lens(image, s, rng):
     h, w = image.shape[:2]
     cols, rows = _small(image, 120)
     side = min(cols, rows)
-    dirt = np.zeros((rows, cols), np.float32)
-    spots = np.column_stack([rng.random((70, 2)) * [cols, rows], rng.random((70, 2))])
-    for x, y, size, depth in spots:
-        spot = np.zeros_like(dirt)
-        del spot
-        radius = side * (0.012 + 0.06 * size**3)
-        cv2.circle(dirt, (int(x * 16), int(y * 16)), int(radius * 16), 0.3 + 0.6 * depth, -1, cv2.LINE_AA, 4)
+    dirt = np.zeros((rows, cols), np.uint8)
+    for x, y, size, depth in rng.random((60, 4)).tolist():
+        at, radius = (int(x * cols * 16), int(y * rows * 16)), side * (0.012 + 0.09 * size**3)
+        cv2.circle(dirt, at, int(radius * 16), 110 + 130 * depth, -1, cv2.LINE_AA, 4)
     dirt = cv2.GaussianBlur(dirt, (0, 0), 0.012 * side + 0.3, borderType=BORDER)
-    smear = np.clip(0.5 * _smooth_field((rows, cols), 4, rng, 1)[..., 0], 0, 0.5)
-    opacity = s * np.clip(np.maximum(dirt, smear), 0, 0.95)
-    veil = cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA)
-    veil = cv2.resize(veil, (cols, rows), interpolation=cv2.INTER_CUBIC)
-    veil = veil * np.array([0.40, 0.37, 0.33]) + [18, 16, 12]
-    added = cv2.resize((veil * opacity[..., None]).astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
+    smear = np.clip(0.2 + 0.5 * _smooth_field((rows, cols), 4, rng, 1)[..., 0], 0, 0.6)
+    opacity = s * np.maximum(dirt * np.float32(1 / 255), smear)
+    veil = cv2.resize(cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA), (cols, rows))
+    veil = veil * np.array([0.40, 0.37, 0.33], np.float32) + np.array([22, 20, 16], np.float32)
+    added = cv2.resize(veil * opacity[..., None], (w, h), interpolation=cv2.INTER_LINEAR)
     kept = cv2.resize(cv2.merge([1 - opacity] * 3), (w, h), interpolation=cv2.INTER_LINEAR)
     return cv2.add(cv2.multiply(image, kept, dtype=cv2.CV_32F), added, dtype=cv2.CV_8U)
 
@@ -198,10 +189,26 @@ def saturation(image, s, rng):
 
 @_checked
 def compression(image, s, rng):
-    """JPEG. s: quality falls from 94 to 4, quickly first, so that steps in s look even."""
-    quality = round(4 + 20 * (1 - s) + 70 * (1 - s) ** 3)
-    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    """Block transform coding as in JPEG: in each 8x8 block of Y, Cr and Cb the cosine coefficients below a threshold,
+    which rises with frequency, become 0, the others lose three quarters of it. s: the threshold, up to 80 grey levels. (JPEG
+    rounds coefficients up or down, so its error does not grow steadily with coarser steps; this one does.)"""
+    h, w = image.shape[:2]
+    ycc = cv2.cvtColor(cv2.copyMakeBorder(image, 0, -h % 8, 0, -w % 8, BORDER), cv2.COLOR_RGB2YCrCb)
+    k = np.arange(8)
+    dct = np.cos((2 * k + 1) * k[:, None] * np.pi / 16) * np.where(k, 0.5, 0.125**0.5)[:, None]
+    dct = dct.astype(np.float32)  # orthonormal: rows are the 8 cosines
+    threshold = 80 * s**1.2 * (1 + 0.25 * (k[:, None] + k))
+    threshold[0, 0] = 0  # a block keeps its mean
+    coded = []
+    for plane, coarse in zip(cv2.split(ycc), (1, 1.5, 1.5)):
+        rows = (plane.reshape(-1, 8).astype(np.float32) @ dct.T).reshape(-1, 8, plane.shape[1])
+        blocks = (dct @ rows).reshape(-1, 8, plane.shape[1] // 8, 8)  # block row, v, block column, u
+        step = np.float32(coarse * threshold)[:, None]
+        blocks = np.where(np.abs(blocks) >= step, blocks - np.copysign(0.75 * step, blocks), 0)
+        rows = dct.T @ blocks.reshape(rows.shape)
+        coded.append((rows.reshape(-1, 8) @ dct).reshape(plane.shape))
+    ycc = cv2.max(cv2.merge(coded), 0)
+    return cv2.cvtColor(cv2.convertScaleAbs(ycc), cv2.COLOR_YCrCb2RGB)[:h, :w].copy()
 
 
 @_checked
@@ -230,9 +237,9 @@ def shifting(image, s, rng):
     turn = rng.permutation(bands) / bands
     reach = rng.uniform(0.4, 1, bands) * rng.choice([-1, 1], bands)
     out = image.copy()
-    for k in np.flatnonzero(turn < s):
+    for k in np.flatnonzero(turn < s**0.7):
         top, bottom = round(edges[k] * h), round(edges[k + 1] * h)
-        by = math.copysign(math.ceil(abs(reach[k]) * (0.02 + 0.18 * s) * min(h, w)), reach[k])
+        by = math.copysign(math.ceil(abs(reach[k]) * (0.06 + 0.14 * s) * min(h, w)), reach[k])
         out[top:bottom] = np.roll(image[top:bottom], int(by), axis=1)
     return out
 
@@ -243,8 +250,8 @@ def scan_lines(image, s, rng):
     h, w = image.shape[:2]
     period = max(2.0, min(h, w) / 40)
     wave = 0.5 + 0.5 * np.cos(2 * np.pi * (np.arange(h) / period + rng.random()))
-    gain = (1 - 0.85 * s * wave).astype(np.float32)
-    return (image * gain[:, None, None] + 0.5).astype(np.uint8)
+    gain = np.repeat((1 - 0.85 * s * wave).astype(np.float32), 3 * w).reshape(h, w, 3)
+    return cv2.multiply(image, gain, dtype=cv2.CV_8U)
 
 
 # ---------------------------------------------------------------- environment
@@ -265,13 +272,13 @@ def darkness(image, s, rng):
 @_checked
 def atmospheric_turbulence(image, s, rng):
     """Hot air between camera and scene: each place is displaced by its own smooth random tilt, and slightly blurred.
-    s: the tilt, up to about 1.5 % of the short side, and the blur."""
+    s: the tilt (deviation up to 1.8 % of the short side) and the blur."""
     h, w = image.shape[:2]
-    side = min(h, w)
-    tilt = _smooth_field(image.shape, 14, rng, 2) * np.float32(0.012 * s * side)
+    side = s**0.6 * min(h, w)
+    tilt = _smooth_field(image.shape, 14, rng, 2) * np.float32(0.018 * side)
     tilt[..., 0] += np.arange(w, dtype=np.float32)
     tilt[..., 1] += np.arange(h, dtype=np.float32)[:, None]
-    blurred = cv2.GaussianBlur(image, (0, 0), 0.004 * s * side + 0.05, borderType=BORDER)
+    blurred = cv2.GaussianBlur(image, (0, 0), 0.004 * side + 0.05, borderType=BORDER)
     return cv2.remap(blurred, tilt, None, cv2.INTER_LINEAR, borderMode=BORDER)
 
 
@@ -302,7 +309,7 @@ def color_diffusion(image, s, rng):
 def sharpness_change(image, s, rng):
     """Oversharpening: an unsharp mask of 0.6 % of the short side, with halos. s: its amount, up to 6."""
     soft = cv2.GaussianBlur(image, (0, 0), 0.006 * min(image.shape[:2]) + 0.2, borderType=BORDER)
-    return cv2.addWeighted(image, 1 + 6 * s, soft, -6 * s, 0)
+    return cv2.addWeighted(image, 1 + 6 * s**0.8, soft, -6 * s**0.8, 0)
 
 
 @_checked
@@ -345,9 +352,9 @@ def watermark_damage(image, s, rng):
     mark = cv2.warpAffine(tile, turn, (w, h), flags=flags, borderMode=cv2.BORDER_WRAP)
     turn[:, 2] -= turn[:, :2] @ [side / 150, side / 150]
     shadow = cv2.subtract(cv2.warpAffine(tile, turn, (w, h), flags=flags, borderMode=cv2.BORDER_WRAP), mark)
-    up, down = (cv2.merge([layer] * 3).astype(np.float32) * np.float32(0.8 * s / 255) for layer in (mark, shadow))
-    kept = cv2.multiply(image, (1 - up) * (1 - down), dtype=cv2.CV_32F)
-    return cv2.add(kept, up * 255, dtype=cv2.CV_8U)
+    mark, shadow = cv2.convertScaleAbs(mark, alpha=0.8 * s), cv2.convertScaleAbs(shadow, alpha=0.8 * s)
+    kept = cv2.cvtColor(cv2.bitwise_not(cv2.add(mark, shadow)), cv2.COLOR_GRAY2RGB)  # mark and shadow do not overlap
+    return cv2.add(cv2.multiply(image, kept, scale=1 / 255), cv2.cvtColor(mark, cv2.COLOR_GRAY2RGB))
 
 
 # ---------------------------------------------------------------- the names

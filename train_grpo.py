@@ -75,6 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
     B, G = config.prompts, config.group_size
     reward_functions = rewards.load_rewards(config.rewards)
+    if config.reward_weights and len(config.reward_weights) != len(config.rewards):
+        raise SystemExit(f"--reward-weights: {len(config.reward_weights)} for {len(config.rewards)} rewards; give one for each, or none")
+    if config.temperature <= 0:
+        raise SystemExit(f"--temperature {config.temperature}: a policy that learns must sample; give a number above 0")
     rt = runtime.setup(config.seed)
     if B % rt.world_size:
         raise SystemExit(f"--prompts {B} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")

@@ -45,12 +45,23 @@ class Config:
     tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
 
 
+def sft_loss(logps: torch.Tensor, mask: torch.Tensor, n_tokens: float) -> torch.Tensor:
+    """Eq. (5): - sum_n log P(w_n | w_<n, X_d, P) over the responses' tokens, per token of the whole batch.
+
+    logps, mask (N, L); n_tokens counts the response tokens of the optimizer step, over all processes and micro-batches, so that
+    the losses of the micro-batches add up to the loss of the whole.
+    """
+    return -(logps * mask).sum() / n_tokens
+
+
 PANELS = ["loss: loss", "gradient norm: grad_norm", "learning rate: lr", "tokens per second: tokens_per_second"]
 
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
     rt = runtime.setup(config.seed)
+    if config.batch < rt.world_size:
+        raise SystemExit(f"--batch {config.batch} leaves some of the {rt.world_size} processes without a record: give at least {rt.world_size}")
     run = runtime.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
@@ -84,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                 with rt.autocast():
                     prompts = data.encode(model, batch[i:i + config.micro_batch])
                     logps, mask, _ = vlm.group_logps(model, prompts, [[ids] for ids in responses[i:i + config.micro_batch]])
-                part = -(logps * mask).sum() / tokens                               # Eq. (5) over the batch's tokens
+                part = sft_loss(logps, mask, tokens)
                 part.backward()
                 loss += part.item()
             runtime.sum_gradients(parameters, rt)

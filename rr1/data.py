@@ -60,11 +60,15 @@ def _record(line: str, where: str, folder: Path) -> dict:
         question, response = turns["human"].replace("<image>", "").strip(), turns["gpt"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{where}: field {error} is missing; a record needs image and conversations with a human and a gpt turn") from error
-    if not isinstance(image, str):
-        raise DataError(f"{where}: image is {type(image).__name__}; expected one path relative to the image folder")
+    image = image[0] if isinstance(image, list) and len(image) == 1 else image
+    if not all(isinstance(path, str) for path in (image, raw.get("clean_image", ""))):
+        raise DataError(f"{where}: image is {image!r}, clean_image {raw.get('clean_image')!r}; expected one path each, relative to the image folder")
     chain = parse(response)
-    known = [Degradation(**d) for d in raw["degradations"]] if "degradations" in raw else chain.degradations
-    record = {"id": where, "choices": None, "answer": chain.answer, **raw, "where": where, "image": str(folder / image),
+    try:
+        known = [Degradation(d["type"], float(d["intensity"])) for d in raw["degradations"]] if "degradations" in raw else chain.degradations
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f'{where}: degradations are {raw["degradations"]!r}; expected a list of {{"type": .., "intensity": ..}}') from error
+    record = {"id": where.rpartition("/")[-1], "choices": None, "answer": chain.answer, **raw, "where": where, "image": str(folder / image),
               "question": question, "response": response, "chain": chain, "degradations": known}
     if "clean_image" in raw:
         record["clean_image"] = str(folder / raw["clean_image"])
@@ -85,6 +89,8 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
 
     It depends on nothing but its arguments, so a resumed run goes on where it stopped.
     """
+    if n < 1:
+        raise DataError("no records to train on: the data has none in this share; give more of it, or --part all")
     places = range(step * size, (step + 1) * size)
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in {p // n for p in places}}
     return [int(orders[p // n][p % n]) for p in places]

@@ -1,6 +1,6 @@
 """What stands around a training loop, and nothing of the method.
 
-    processes    setup, sum_over_ranks, sum_gradients, broadcast_parameters, barrier, teardown
+    processes    setup, sum_over_ranks, sum_gradients, broadcast_parameters, barrier, main_first, teardown
     training     seed_everything, build_optimizer, cosine_with_warmup
     options      opt, parse_config: a dataclass is the command line
     the folder   RunFolder: config.json  metrics.jsonl  rollouts.jsonl  curves.png  checkpoints/step-000050/  model/
@@ -24,12 +24,13 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import UnionType
-from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence, Union, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -92,6 +93,16 @@ def barrier(rt: Runtime) -> None:
         dist.barrier(device_ids=[rt.local_rank] if rt.device.type == "cuda" else None)
 
 
+@contextmanager
+def main_first(rt: Runtime) -> Iterator[None]:
+    """`with main_first(rt):` rank 0 runs the block before the others do: for what the first one makes and the rest find."""
+    if not rt.is_main:
+        barrier(rt)
+    yield
+    if rt.is_main:
+        barrier(rt)
+
+
 def sum_over_ranks(values: Mapping[str, float | torch.Tensor], rt: Runtime) -> dict[str, float]:
     """Each value summed over the ranks, in float64, in one collective. All ranks must bring the same names."""
     names = sorted(values)
@@ -110,11 +121,11 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], rt: Runtime, bucket:
     gradient counts as zeros, with one process too: the optimizer then treats it alike however many processes there are.
     """
     trainable = [p for p in parameters if p.requires_grad]
-    buckets, size = [], bucket
+    buckets, size = [], 0
     for p in trainable:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if size + p.numel() > bucket:
+        if not buckets or size + p.numel() > bucket:
             buckets.append([])
             size = 0
         buckets[-1].append(p)
@@ -259,7 +270,8 @@ def cut_back(path: Path, step: int) -> list[dict]:
         except ValueError:
             pass  # half a line is not JSON
     rows = [row for row in rows if row["step"] <= step]
-    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+    if path.exists():
+        write_text(path, "".join(to_json(row) + "\n" for row in rows))
     return rows
 
 
@@ -372,6 +384,7 @@ class RunFolder:
         folder = self.out / "checkpoints" / f"step-{step:06d}"
         temporary = folder.with_name(folder.name + ".tmp")
         if self.rt.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier(self.rt)
         states = {name: get_state(generator) for name, generator in self._generators(generators).items()}
@@ -460,7 +473,7 @@ def open_tracker(name: str, out: Path, config: dict, step: int) -> Callable[[dic
 
 
 def draw_curves(rows: Sequence[Mapping], panels: Sequence[str], path: Path, title: str) -> None:
-    """Plot rows of metrics over their steps: single steps as dots, a moving average as a line. Panels as in `RunFolder`."""
+    """Plot rows of metrics over their steps: single steps light, a moving average over them. Panels as in `RunFolder`."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
@@ -476,7 +489,7 @@ def draw_curves(rows: Sequence[Mapping], panels: Sequence[str], path: Path, titl
         for colour, name in enumerate(names):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-            axes.plot(steps, values, ".", markersize=3, alpha=0.3, color=f"C{colour}", markeredgewidth=0)
+            axes.plot(steps, values, ".-", linewidth=0.6, markersize=4, alpha=0.35, color=f"C{colour}", markeredgewidth=0)
             axes.plot(steps, smooth(smooth(values)), linewidth=1.8, color=f"C{colour}", label=name)
         axes.set_title(heading, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
@@ -491,9 +504,9 @@ def draw_curves(rows: Sequence[Mapping], panels: Sequence[str], path: Path, titl
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Moving average over about a fifteenth of the curve, over what there is of it at the ends."""
-    count, half = len(values), len(values) // 30
-    low, high = np.maximum(np.arange(count) - half, 0), np.minimum(np.arange(count) + half + 1, count)
+    """Moving average over a fifteenth of the curve, over what there is of it at the ends."""
+    here, half = np.arange(len(values)), len(values) // 30
+    low, high = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])
     return (total[high] - total[low]) / (high - low)
 

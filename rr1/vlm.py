@@ -53,7 +53,11 @@ class Processor:
         rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                       add_generation_prompt=True)
         counts, ids = iter(visual_tokens), []
-        for token in self.tokenizer(rendered + start, add_special_tokens=False)["input_ids"]:
+        tokens = self.tokenizer(rendered + start, add_special_tokens=False)["input_ids"]
+        if tokens.count(self.image_token_id) != len(visual_tokens):
+            raise ValueError(f"{tokens.count(self.image_token_id)} image placeholders for {len(visual_tokens)} images: "
+                             f"the text must not spell <|image_pad|>; got {text!r}")
+        for token in tokens:
             ids += [token] * next(counts) if token == self.image_token_id else [token]
         return ids
 

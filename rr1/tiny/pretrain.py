@@ -1,52 +1,56 @@
 """Build the tiny Qwen2.5-VL from nothing: tokenizer, vision tower, language model.
 
-    python -m rr1.tiny.pretrain --out runs/tiny-base          # about 80 minutes on one core; writes runs/tiny-base/model
+    torchrun --nproc-per-node 2 -m rr1.tiny.pretrain          # about an hour on two cores; writes runs/tiny-base/model
 
-Phase 1 trains the vision tower alone to say what is drawn in each quarter and how the picture is damaged: without it the
-language model stays on text statistics for a long time; with it grounding starts at once.
-Phase 2 trains the whole model on captions, open and choice questions, on clean and damaged pictures. One picture carries many
-questions: they branch off one image prefix (`rr1.vlm.group_logps`), so the picture is read once. The phase-1 heads stay on
-as a small extra loss, so that the features that fine-tuning will find frozen still tell the damage.
+1. vision   the vision tower alone learns to say what is drawn in each quarter and how the picture is damaged. Without this the
+            language model stays on text statistics for a long time; with it grounding starts at once.
+2. whole    everything learns captions, open and choice questions on clean and damaged pictures. One picture carries many
+            questions: they branch off one image prefix (`rr1.vlm.group_logps`), so the picture is read once. The read-outs of
+            phase 1 stay on as a small extra loss, so that the features that fine-tuning will find frozen still tell the damage.
+
+Each phase ends with its weights in --out; a run that is started again skips the phases that are done.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from degrade import DEGRADATIONS, degrade, sample_degradations
+from rr1 import runtime
 from rr1.chain import build_question
+from rr1.runtime import opt
 from rr1.tiny import world
 from rr1.tiny.model import build_model, build_processor
 from rr1.vlm import Prompt, encode_images, group_logps, make_prompt
 
 TYPES = list(DEGRADATIONS)
-LOOKUP = "which number is {}?"       # a choice question about the text alone: it teaches to point at a choice
 
 
 class Batches(IterableDataset):
-    """Endless batches of pictures with, for each, what is drawn, how it is damaged, and branches of (tokens, loss starts)."""
+    """Endless batches, made in a worker process. `phase` says what is in them."""
 
-    def __init__(self, processor, batch: int, seed: int, text: bool):
-        self.processor, self.batch, self.seed, self.text = processor, batch, seed, text
+    def __init__(self, processor, phase: str, batch: int, seed: list[int]):
+        self.processor, self.phase, self.batch, self.seed = processor, phase, batch, seed
 
     def __iter__(self):
         cv2.setNumThreads(1), torch.set_num_threads(1)
-        worker = torch.utils.data.get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        rng = np.random.default_rng(self.seed)
         while True:
-            yield self.make(rng)
+            yield self.pictures(rng)
 
-    def make(self, rng: np.random.Generator) -> dict:
+    def pictures(self, rng: np.random.Generator) -> dict:
+        """Pictures with what is drawn, how they are damaged and, in the last phase, branches of (tokens, where the answer starts)."""
         images, branches = [], []
         cells = np.zeros((self.batch, 4, 2), np.int64)           # shape and colour in each quarter, 0 = nothing there
         grounds = np.zeros(self.batch, np.int64)
@@ -63,23 +67,19 @@ class Batches(IterableDataset):
                 cells[b, world.PLACES.index(thing.place)] = (1 + world.SHAPES.index(thing.shape), 1 + list(world.COLORS).index(thing.color))
             grounds[b] = world.GROUNDS.index(scene.ground)
             images.append(image)
-            if self.text:
+            if self.phase == "whole":
                 branches.append(self.branches(scene, rng))
         pixel_values, grid = self.processor.pixels(images)
         return dict(pixel_values=pixel_values, grid=grid, cells=torch.from_numpy(cells), grounds=torch.from_numpy(grounds),
                     damage=torch.from_numpy(damage), branches=branches)
 
     def branches(self, scene: world.Scene, rng: np.random.Generator) -> list[tuple[list[int], int]]:
-        """A caption, two open questions, four choice questions and a look-up, each a turn that follows the picture."""
+        """A caption, four open and three choice questions, each a turn that follows the picture. Choices are answered by text."""
         *asked, describe = world.questions(scene)
         turns = [(describe.text, describe.answer)]
-        for question in (asked[i] for i in rng.permutation(len(asked))[:2]):
-            turns.append((build_question(question.text), question.answer))
-        for question in (asked[i] for i in rng.permutation(len(asked))[:4]):
-            options = world.choices(question, rng)
-            turns.append((build_question(question.text, options), str(options.index(question.answer))))
-        wanted = options[rng.integers(4)]
-        turns.append((build_question(LOOKUP.format(wanted), options), str(options.index(wanted))))
+        for k, i in enumerate(rng.permutation(2 * len(asked))[:7]):
+            question = asked[i % len(asked)]
+            turns.append((build_question(question.text, world.choices(question, rng) if k >= 4 else None), question.answer))
         tails = []
         for text, answer in turns:
             prompt = self.processor.prompt_ids(text, [1])
@@ -117,14 +117,16 @@ class Heads(nn.Module):
 
 
 def language_loss(model, batch: dict, features: list[torch.Tensor], prefix: Prompt) -> tuple[torch.Tensor, dict[str, float]]:
-    """Mean over branches of the answer's mean token loss; every branch follows its picture's shared prefix."""
-    prompts = [Prompt(prefix.ids, prefix.positions, f) for f in features]
-    logps, mask, _ = group_logps(model, prompts, [[ids for ids, _ in group] for group in batch["branches"]])
-    starts = torch.tensor([start for group in batch["branches"] for _, start in group])
+    """Mean over branches of the answer's mean token loss. A picture's eight branches go in two rows: attention over short
+    rows is cheaper than the prefix that is computed twice."""
+    prompts = [Prompt(prefix.ids, prefix.positions, f) for f in features for _ in range(2)]
+    halves = [half for group in batch["branches"] for half in (group[:4], group[4:])]
+    logps, mask, _ = group_logps(model, prompts, [[ids for ids, _ in half] for half in halves])
+    starts = torch.tensor([start for half in halves for _, start in half])
     answer = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
     losses = -(logps * answer).sum(1) / answer.sum(1)
-    exact = ((logps.exp() > 0.5) | (answer == 0)).all(1).float().view(len(prompts), -1).mean(0)    # each token likelier than the rest
-    kinds = {"caption": exact[0], "open": exact[1:3].mean(), "choice": exact[3:7].mean(), "lookup": exact[7]}
+    exact = ((logps.exp() > 0.5) | (answer == 0)).all(1).float().view(len(features), -1).mean(0)    # each token likelier than the rest
+    kinds = {"caption": exact[0], "open": exact[1:5].mean(), "choice": exact[5:].mean()}
     return losses.mean(), {k: v.item() for k, v in kinds.items()}
 
 
@@ -134,10 +136,10 @@ def plot(log: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
     groups = {"read from the features": ("shape", "color", "ground", "damage_f1"), "intensity error": ("intensity_error",),
-              "answers likelier than not": ("caption", "open", "choice", "lookup")}
+              "answers likelier than not": ("caption", "open", "choice")}
     for axis, (title, names) in zip(axes, groups.items()):
         for name in names:
-            points = [(r["minutes"], r[name]) for r in log if name in r]
+            points = [(r["minutes"], r[name]) for r in log if r.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), label=name)
         axis.set(title=title, xlabel="minutes"), axis.grid(alpha=0.3)
@@ -148,52 +150,66 @@ def plot(log: list[dict], path: Path) -> None:
     os.replace(path.with_suffix(".tmp.png"), path)
 
 
+@dataclass
+class Config:
+    out: str = opt("runs/tiny-base", "the run's folder; the checkpoint is its subfolder model/")
+    vision_steps: int = opt(2100, "steps of the vision phase")
+    steps: int = opt(1700, "steps of the whole phase")
+    batch: int = opt(32, "pictures a step, over all processes; the vision phase takes twice as many")
+    lr: float = opt(1.5e-3, "peak learning rate")
+    seed: int = opt(0, "fixes the weights' start and the data")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the tiny Qwen2.5-VL from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="runs/tiny-base", help="the run's folder; the checkpoint is its subfolder model/")
-    parser.add_argument("--vision-minutes", type=float, default=18, help="phase 1: time for the vision tower alone")
-    parser.add_argument("--minutes", type=float, default=55, help="phase 2: time for the whole model")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step in phase 1; phase 2 takes half")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision", default=None, help="skip phase 1: continue from this checkpoint folder's vision tower and heads")
-    a = parser.parse_args(argv)
+    a = runtime.parse_config(Config, argv, __doc__)
+    rt = runtime.setup()
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(a.seed)
     processor = build_processor()
     model = build_model(processor.tokenizer)
     heads = Heads(model.config.text_config.hidden_size)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens in the vocabulary")
-    log, began = [], time.perf_counter()
+    both = nn.ModuleDict({"model": model, "heads": heads})
+    visual = list(model.model.visual.parameters())
+    language = [p for name, p in model.named_parameters() if ".visual." not in name]
     ids = processor.prompt_ids("", [16])
     ids = ids[:ids.index(processor.image_token_id) + 17]          # header, 16 image tokens, <|vision_end|>
+    log, began = [], time.perf_counter()
+    if rt.is_main:
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens in the vocabulary")
 
-    def phase(text: bool, minutes: float, batch: int, groups: list[dict]) -> None:
-        loader = iter(DataLoader(Batches(processor, batch, a.seed + text, text), batch_size=None, num_workers=1, prefetch_factor=4))
+    def losses(phase: str, batch) -> tuple[torch.Tensor, dict[str, float]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            features = encode_images(model, batch["pixel_values"], batch["grid"])
+            loss, read = heads(torch.stack(features).float(), batch)
+            if phase == "whole":
+                prefix = make_prompt(model, ids, batch["grid"][:1], features[:1])
+                answers, kinds = language_loss(model, batch, features, prefix)
+                loss, read = answers + 0.1 * loss, read | kinds
+            return loss, read
+
+    def train(number: int, phase: str, steps: int, batch: int, groups: list[dict]) -> None:
+        done = out / f"{number}-{phase}.safetensors"
+        if done.exists():
+            load_model(both, done)
+            return
+        seed = [a.seed, number, rt.rank]
+        loader = iter(DataLoader(Batches(processor, phase, batch // rt.world_size, seed), batch_size=None, num_workers=1, prefetch_factor=4))
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
-        peaks = [g["lr"] for g in groups]
-        start, step, sums = time.perf_counter(), 0, {}
-        while (share := (time.perf_counter() - start) / (60 * minutes)) < 1:
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * min(1, (step + 1) / 200) * (0.02 + 0.98 * (1 + np.cos(np.pi * share)) / 2)
-            data = next(loader)
-            with torch.autocast("cpu", torch.bfloat16):
-                features = encode_images(model, data["pixel_values"], data["grid"])
-                loss, read = heads(torch.stack(features).float(), data)
-                if text:
-                    prefix = make_prompt(model, ids, data["grid"][:1], features[:1])
-                    answer_loss, kinds = language_loss(model, data, features, prefix)
-                    loss, read = answer_loss + 0.1 * loss, read | kinds
+        parameters = [p for group in groups for p in group["params"]]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: runtime.cosine_with_warmup(step, steps, 100, floor=0.02))
+        sums: dict[str, float] = {}
+        for step in range(1, steps + 1):
+            loss, read = losses(phase, next(loader))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
-            optimizer.step()
-            step += 1
+            (loss / rt.world_size).backward()
+            runtime.sum_gradients(parameters, rt)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step(), schedule.step()
             for name, value in {"loss": loss.item(), **read}.items():
                 sums[name] = sums.get(name, 0) + value
-            if step % 50 == 0:
-                row = {"phase": 1 + text, "step": step, "minutes": round((time.perf_counter() - began) / 60, 2)}
+            if rt.is_main and step % 50 == 0:
+                row = {"phase": phase, "step": step, "minutes": round((time.perf_counter() - began) / 60, 2)}
                 row |= {name: round(total / 50, 4) for name, total in sums.items()}
                 sums = {}
                 log.append(row)
@@ -201,21 +217,19 @@ def main(argv: list[str] | None = None) -> None:
                     file.write(json.dumps(row) + "\n")
                 print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
                 plot(log, out / "curves.png")
+        if rt.is_main:
+            save_model(both, str(done) + ".tmp")
+            os.replace(str(done) + ".tmp", done)
+        runtime.barrier(rt)
 
-    vision, rest = list(model.model.visual.parameters()), [p for n, p in model.named_parameters() if ".visual." not in n]
-    if a.vision:
-        from safetensors.torch import load_file
-        model.model.visual.load_state_dict(load_file(Path(a.vision) / "visual.safetensors"))
-        heads.load_state_dict(load_file(Path(a.vision) / "heads.safetensors"))
-    else:
-        phase(False, a.vision_minutes, a.batch, [{"params": [*vision, *heads.parameters()], "lr": a.lr}])
-        from safetensors.torch import save_file
-        save_file({k: v.contiguous() for k, v in model.model.visual.state_dict().items()}, out / "visual.safetensors")
-        save_file(heads.state_dict(), out / "heads.safetensors")
-    phase(True, a.minutes, a.batch // 2, [{"params": rest, "lr": a.lr}, {"params": [*vision, *heads.parameters()], "lr": a.lr / 4}])
-    model.half().save_pretrained(out / "model")
-    processor.save_pretrained(out / "model")
-    print("written:", out / "model")
+    seeing = [*visual, *heads.parameters()]
+    train(1, "vision", a.vision_steps, 2 * a.batch, [{"params": seeing, "lr": a.lr}])
+    train(2, "whole", a.steps, a.batch, [{"params": language, "lr": a.lr}, {"params": seeing, "lr": a.lr / 4}])
+    if rt.is_main:
+        model.half().save_pretrained(out / "model")
+        processor.save_pretrained(out / "model")
+        print("written:", out / "model")
+    runtime.teardown(rt)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def sample(index: int, seed: int) -> Sample:
     *asked, describe = questions(scene)
     question = describe if form == "caption" else asked[rng.integers(len(asked))]
     options = choices(question, rng) if form == "choice" else None
-    answer = str(options.index(question.answer)) if options else None if form == "caption" else question.answer
+    answer = None if form == "caption" else question.answer     # choices are answered by text: an index is harder at this size
     chain = true_chain(scene, question, degradations, answer)
     record = {"id": f"{seed}-{index:06d}", "image": f"images/{seed}-{index:06d}.png", "form": form,
               "conversations": [{"from": "human", "value": "<image>" + build_question(question.text, options)},

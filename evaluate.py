@@ -1,0 +1,309 @@
+"""How good is a model, and how sure is that? Tables 1 and 2 and Figure 6 of the paper, on the drawn world or on your own file.
+
+    1. predict    each model writes runs/eval/NAME/predictions.jsonl, batch by batch; run it again and it goes on where it stopped
+    2. score      everything that is reported comes from those files alone (--score-only needs no model)
+    3. report     report.txt (also printed), report.json, table_1.png .. figure_6b.png in --out
+
+    python evaluate.py                                                        # tiny base, SFT and GRPO models
+    python evaluate.py --models sft=runs/sft/model mine=runs/brevity/model --out runs/eval-mine
+    torchrun --nproc-per-node 8 evaluate.py --models sft=Jiaqi-hkust/Robust-R1-SFT rl=Jiaqi-hkust/Robust-R1-RL \\
+        --data test.jsonl --images test_images --max-new-tokens 2048 --batch 16 --out runs/eval-3b
+    python evaluate.py --image photo.jpg --question "what color is the star?" --choices red blue
+
+What is shown to a model: every record's own picture (Table 1, Figure 6) and, for choice questions with a known clean picture,
+that picture clean and damaged by one type, drawn for each picture, at each of --levels (Table 2).
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+from zlib import crc32
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from degrade import degrade, sample_degradations
+from rr1 import data, figures, metrics, rollout, runtime, tiny, vlm
+from rr1.chain import Chain, build_prompt, build_question, is_well_formed, parse
+from rr1.rewards import choice_index
+from rr1.runtime import opt
+
+GRPO = "runs/grpo/model"             # what train_grpo.py writes by default
+
+
+@dataclass
+class Config:
+    models: list[str] = opt([f"base={tiny.BASE}", f"sft={tiny.SFT}", f"grpo={GRPO}"], "NAME=checkpoint folder or hub id")
+    plain: list[str] = opt(["base"], "models that are asked the question alone, and whose whole response is the answer")
+    model: str = opt("", "a single checkpoint, in place of --models; the one to ask about --image")
+    data: str = opt("", "file of JSON lines; empty: the drawn world's test.jsonl, written on first use")
+    images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    out: str = opt("runs/eval", "folder for predictions and report")
+    limit: int = opt(0, "ask about this many records only; 0: all")
+    table_2: bool = opt(True, "ask the choice questions again on clean pictures and at each level")
+    levels: list[float] = opt([0.25, 0.5, 1.0], "intensities of Table 2 (0.23 0.45 0.9 in the published script)")
+    batch: int = opt(64, "prompts at a time, in each process")
+    temperature: float = opt(0.0, "0: the likeliest token always; 1: sample")
+    max_new_tokens: int = opt(128, "longest response")
+    seed: int = opt(0, "fixes the damage of Table 2, what is sampled and the bootstrap")
+    score_only: bool = opt(False, "report on the predictions that are there; no model is loaded")
+    image: str = opt("", "ask about this one picture and print the chain")
+    question: str = opt("", "what to ask about --image")
+    choices: list[str] = opt([], "possible answers to --question")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = runtime.parse_config(Config, argv, __doc__)
+    rt = runtime.setup(config.seed)
+    if config.image:
+        return show_one(config, rt)
+    out, models = Path(config.out), choose_models(config, rt)
+    if not config.score_only:
+        with runtime.main_first(rt):
+            path = config.data or tiny.dataset("test")
+        records = data.read(path, config.images)[:config.limit or None]
+        jobs = make_jobs(records, config.levels if config.table_2 else None, config.seed)
+        for name, checkpoint in models.items():
+            meta = {"model": checkpoint, "weights": fingerprint(checkpoint), "data": fingerprint(path), "seed": config.seed,
+                    "plain": name in config.plain, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+            predict(config, rt, out / name, meta, jobs)
+    if rt.is_main:
+        write_report(out, {name: read_predictions(out / name) for name in models}, config.seed)
+    runtime.teardown(rt)
+
+
+def choose_models(config: Config, rt: runtime.Runtime) -> dict[str, str]:
+    """{name: checkpoint}, less those of the default list that are not there yet."""
+    given = [f"model={config.model}"] if config.model else config.models
+    models = {name: checkpoint for name, _, checkpoint in (text.partition("=") for text in given)}
+    if len(models) < len(given) or any("" in pair or Path(pair[0]).name != pair[0] for pair in models.items()):
+        raise SystemExit(f"--models {' '.join(given)}: expected NAME=CHECKPOINT, each NAME once and fit for a folder")
+    if unknown := set(config.plain) - set(models) - {"base"}:
+        raise SystemExit(f"--plain {' '.join(sorted(unknown))}: no such model; there are {', '.join(models)}")
+    for text in set(given) & set(Config().models):
+        name = text.partition("=")[0]
+        needed = Path(config.out, name) if config.score_only else Path(models[name])
+        if not needed.is_dir():
+            del models[name]
+            if rt.is_main:
+                print(f"{name} is left out: there is no {needed} yet", flush=True)
+    if not models:
+        raise SystemExit("there is no model to evaluate: give --models NAME=CHECKPOINT")
+    return models
+
+
+# ---------------------------------------------------------------- 1. predict
+
+def make_jobs(records: list[dict], levels: list[float] | None, seed: int) -> list[dict]:
+    """What will be asked: rows of predictions.jsonl that lack their response. `levels` None: the records' own pictures only."""
+    jobs = []
+    for record in records:
+        line = record["where"].rpartition(":")[2]
+        form = record.get("form") or ("choice" if record["choices"] else "open")
+        answer = record["answer"] if form != "caption" else record.get("caption") or record["chain"].conclusion
+        job = {"key": line, "id": record["id"], "form": form, "question": record["question"], "choices": record["choices"],
+               "answer": None if answer is None else str(answer), "true_response": None, "damage_seed": None}
+        truth = [d._asdict() for d in Chain(record["degradations"]).degradations]   # by their canonical names
+        jobs.append(job | {"shown": "as is", "image": record["image"], "degradations": truth,
+                           "true_response": record["response"]})
+        if levels is None or form != "choice" or "clean_image" not in record:
+            continue
+        clean = record["clean_image"]
+        rng = np.random.default_rng([seed, crc32(Path(clean).name.encode())])       # one type and one seed for each picture
+        kind, damage_seed = sample_degradations(rng, 1, 1)[0].type, int(rng.integers(2**31))
+        jobs.append(job | {"key": f"{line} clean", "shown": "clean", "image": clean, "degradations": []})
+        jobs += [job | {"key": f"{line} {s:g}", "shown": f"{s:g}", "image": clean, "damage_seed": damage_seed,
+                        "degradations": [{"type": kind, "intensity": s}]} for s in levels]
+    return jobs
+
+
+def picture(job: dict) -> tuple:
+    """What tells one picture from another: the file, and what is done to it here."""
+    return job["image"], *((*job["degradations"][0].values(), job["damage_seed"]) if job["damage_seed"] is not None else ())
+
+
+def open_picture(key: tuple) -> Image.Image:
+    path, *damage = key
+    image = data.open_image(path)
+    return Image.fromarray(degrade(np.asarray(image), [damage[:2]], damage[2])) if damage else image
+
+
+def predict(config: Config, rt: runtime.Runtime, folder: Path, meta: dict, jobs: list[dict]) -> None:
+    """Do the jobs that predictions.jsonl does not hold yet. The processes share them out, each writes a file of its own, and
+    at the end all is in predictions.jsonl in the order of the jobs."""
+    check_meta(folder, meta)
+    runtime.barrier(rt)                                                             # all have looked before anything is written
+    order = {job["key"]: i for i, job in enumerate(jobs)}
+    if rt.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        runtime.write_text(folder / "meta.json", runtime.to_json(meta, indent=2) + "\n")
+        collect(folder, order)
+    runtime.barrier(rt)
+    done = {row["key"] for row in read_predictions(folder)}
+    runtime.barrier(rt)                                                             # all have read before anything is added
+    first: dict[tuple, int] = {}
+    for i, job in enumerate(jobs):
+        first.setdefault(picture(job), i)                                           # jobs on one picture follow each other
+    todo = sorted((job for job in jobs if job["key"] not in done), key=lambda job: first[picture(job)])
+    if todo:
+        todo = todo[len(todo) * rt.rank // rt.world_size:len(todo) * (rt.rank + 1) // rt.world_size]
+        model, processor = vlm.load(meta["model"], dtype=rt.dtype, device=rt.device)
+        model.eval().requires_grad_(False)
+        name = "predictions.jsonl" if rt.is_main else f"predictions.{rt.rank}.jsonl"
+        bar = tqdm(total=len(todo), desc=folder.name, unit=" answers", disable=not rt.is_main)
+        with bar, open(folder / name, "ab") as file:
+            for rows in respond(config, model, processor, todo, meta["plain"]):
+                file.write("".join(runtime.to_json(row) + "\n" for row in rows).encode())
+                file.flush()
+                bar.update(len(rows))
+    runtime.barrier(rt)
+    if rt.is_main:
+        collect(folder, order)
+
+
+def respond(config: Config, model, processor: vlm.Processor, jobs: list[dict], plain: bool) -> Iterator[list[dict]]:
+    """The jobs' rows, complete, batch by batch. A picture is read and encoded once for all the jobs on it."""
+    batches = [jobs[i:i + config.batch] for i in range(0, len(jobs), config.batch)]
+
+    def load(k: int) -> tuple[list[tuple], tuple]:
+        before = {picture(job) for job in batches[k - 1]} if k else set()
+        new = [key for key in dict.fromkeys(map(picture, batches[k])) if key not in before]
+        return new, processor.pixels([open_picture(key) for key in new]) if new else ()
+
+    seen: dict[tuple, tuple] = {}                                                   # picture -> (1, 3) grid, [features]
+    for k, (new, pixels) in data.prefetch(load, range(len(batches))):
+        if new:
+            seen |= {key: (grid[None], [f]) for key, grid, f in zip(new, pixels[1], vlm.encode_images(model, *pixels))}
+        seen = {picture(job): seen[picture(job)] for job in batches[k]}
+        prompts = []
+        for job in batches[k]:
+            grid, features = seen[picture(job)]
+            text = job["question"] if plain else build_prompt(job["question"])      # the question holds its choices already
+            prompts.append(vlm.make_prompt(model, processor.prompt_ids(text, processor.visual_tokens(grid)), grid, features))
+        seeds = [crc32(f"{config.seed} {job['key']}".encode()) for job in batches[k]]    # the same for every model and batch size
+        rollouts = rollout.sample_group(model, prompts, 1, seeds, end_id=processor.end_id, max_new_tokens=config.max_new_tokens,
+                                        temperature=config.temperature, banned=processor.banned_ids)
+        yield [job | {"plain": plain, "response": processor.decode(r.ids), "length": len(r.ids) - (not r.truncated),
+                      "truth_length": job["true_response"] and len(processor.response_ids(job["true_response"])) - 1,
+                      "truncated": r.truncated} for job, [r] in zip(batches[k], rollouts)]
+
+
+def check_meta(folder: Path, meta: dict) -> None:
+    """Predictions of other weights, or made in another way, are not mixed with these."""
+    path = folder / "meta.json"
+    if not path.exists() or not read_predictions(folder):
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"  {name}: was {old.get(name)!r}, now {meta[name]!r}" for name in meta if old.get(name) != meta[name]]
+    if any(not line.startswith("  model: ") for line in changed):                   # the same weights may lie elsewhere now
+        raise SystemExit("\n".join([f"{folder} holds predictions that were made otherwise:", *changed, "Give another --out, "
+                                    "delete that folder to predict anew, or use --score-only to report on what it holds."]))
+
+
+def fingerprint(name: str | Path) -> str:
+    """A hash of a file, or of a checkpoint folder's safetensors files; of a hub id, the id."""
+    digest = hashlib.sha256()
+    files = sorted(Path(name).glob("*.safetensors")) or [Path(name)]
+    for path in files if files[0].is_file() else ():
+        with open(path, "rb") as file:
+            while piece := file.read(2**22):
+                digest.update(piece)
+    return digest.hexdigest() if files[0].is_file() else str(name)
+
+
+def read_predictions(folder: Path) -> list[dict]:
+    """The rows on disk, from the files of all processes, each once. The half-written last line of a killed run is not one."""
+    rows = {}
+    for path in sorted(folder.glob("predictions*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                rows[row["key"]] = row
+            except ValueError:
+                pass
+    return list(rows.values())
+
+
+def collect(folder: Path, order: dict[str, int]) -> None:
+    """Bring all rows into predictions.jsonl, whole lines only, in the order of the jobs."""
+    rows = sorted(read_predictions(folder), key=lambda row: order.get(row["key"], len(order)))
+    runtime.write_text(folder / "predictions.jsonl", "".join(runtime.to_json(row) + "\n" for row in rows))
+    for path in folder.glob("predictions.*.jsonl"):
+        path.unlink()
+
+
+# ---------------------------------------------------------------- 2. score, 3. report
+
+def write_report(out: Path, rows: dict[str, list[dict]], seed: int) -> None:
+    """Score the predictions; print and write report.txt, and write report.json and the plots."""
+    if empty := [name for name, found in rows.items() if not found]:
+        raise SystemExit(f"{out} holds no predictions of {', '.join(empty)}: run again without --score-only")
+    reports = {name: metrics.report(found, seed) for name, found in rows.items()}
+    text = report_text(reports)
+    print(text)
+    runtime.write_text(out / "report.txt", text + "\n")
+    runtime.write_text(out / "report.json", runtime.to_json(reports, indent=1) + "\n")
+    print("\nwritten:", ", ".join(str(out / name) for name in ["report.txt", "report.json", *figures.draw_all(reports, out)]))
+
+
+def report_text(reports: dict[str, dict]) -> str:
+    """The tables, as Markdown."""
+    first, chains = next(iter(reports.values())), {name: r for name, r in reports.items() if "figure_6" in r}
+    levels = list(dict.fromkeys(key for r in reports.values() for key in r["table_2"]))
+    columns = ("r_deg", "r_len", "type_f1", "intensity_error", "well_formed", "choice_accuracy", "length", "truncated")
+    short = lambda e: "-" if e is None or e["value"] is None else f"{e['value']:.3f}"
+    row = lambda title, table, key: [title, *(metrics.cell(r[table].get(key)) for r in reports.values())]
+    blocks = [
+        "Damaged pictures, one line a model:",
+        metrics.markdown(["", *columns], [[name, *(short(r["summary"].get(c)) for c in columns)] for name, r in reports.items()]),
+        "Table 1: damaged pictures by total intensity (low < 0.5, mid < 1, high). Choice and open: share right; captions: F1 of\n"
+        "phrases. value [95 % interval] n. An unread answer counts as wrong. Overall is the plain mean of the nine cells.",
+        metrics.markdown(["", *reports], [row(key, "table_1", key) for key in first["table_1"]])]
+    if levels:
+        rows = [row(key if key == "clean" else f"{float(key):.0%}", "table_2", key) for key in levels]
+        blocks += ["Table 2: choice questions on the clean picture and on it damaged by one type at each intensity: share right.",
+                   metrics.markdown(["", *reports], rows)]
+    if chains:
+        numbers = [r["figure_6"] | r["summary"] for r in chains.values()]
+        rows = [[key.replace("_", " "), *(metrics.cell(n[key]) for n in numbers)]
+                for key in ("type_f1", "intensity_error", "length", "clean_called_damaged")]
+        blocks += ["Figure 6: types, intensities and length of the chain on damaged pictures; clean pictures called damaged.",
+                   metrics.markdown(["", *chains], rows)]
+    return "\n\n".join(blocks)
+
+
+# ---------------------------------------------------------------- one picture
+
+def show_one(config: Config, rt: runtime.Runtime) -> None:
+    """Ask one model about one picture and print the chain, each part with what it is."""
+    if not config.question:
+        raise SystemExit("--image needs --question: what is to be asked about the picture?")
+    checkpoint = config.model or (GRPO if Path(GRPO).is_dir() else tiny.SFT)
+    model, processor = vlm.load(checkpoint, dtype=rt.dtype, device=rt.device)
+    model.eval().requires_grad_(False)
+    image = data.open_image(config.image)
+    batch = data.collate([build_prompt(config.question, config.choices)], [image], processor)
+    [[r]] = rollout.sample_group(model, data.encode(model, batch), 1, [config.seed], end_id=processor.end_id,
+                                 max_new_tokens=config.max_new_tokens, temperature=config.temperature, banned=processor.banned_ids)
+    text = processor.decode(r.ids)
+    chain = parse(text)
+    picked = choice_index(chain.answer or "", config.choices)
+    damage = ", ".join(f"{kind} {s:.2f}" for kind, s in chain.degradations)
+    parts = {"D_d": ("damage: type and intensity, from 0 to 1", damage or "none"),
+             "Delta_d": ("influence: what that does to what can be seen", chain.influence),
+             "T_X": ("pristine reasoning: what the clean picture would show", chain.reasoning),
+             "Y_d": ("conclusion: what follows for the question", chain.conclusion),
+             "answer": ("what is scored", chain.answer if picked is None else f"{chain.answer} = {config.choices[picked]}")}
+    print(f"{config.image} ({image.width} x {image.height}), {checkpoint}\n{build_question(config.question, config.choices)}\n")
+    for symbol, (meaning, content) in parts.items():
+        print(f"{symbol:8s}{meaning}\n            {content if content is not None else '(missing)'}")
+    form = "well formed" if is_well_formed(text) else f"not well formed; as written:\n{text}"
+    print(f"\n{len(r.ids) - (not r.truncated)} tokens{', cut off' if r.truncated else ''}, {form}")
+
+
+if __name__ == "__main__":
+    main()

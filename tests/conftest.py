@@ -1,0 +1,50 @@
+"""What the tests share: a small random Qwen2.5-VL saved as a checkpoint folder, and a small drawn world on disk."""
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):       # before torch is imported; subprocesses inherit it
+    os.environ.setdefault(name, "1")
+
+import pytest
+import torch
+
+from rr1.tiny import model as tiny_model
+from rr1.tiny import world
+
+torch.set_num_threads(1)
+
+
+@torch.no_grad()
+def random_model(tokenizer, seed: int = 0, hidden: int = 96, ends: float = 0.75):
+    """A Qwen2.5-VL of random weights large enough for attention, images and positions to matter. One token in ten or so is
+    the end of turn (more where `ends` is larger): its embedding points where a constant of the last layer points."""
+    generator = torch.Generator().manual_seed(seed)
+    model = tiny_model.build_model(tokenizer, hidden=hidden, layers=2, vision_hidden=64, vision_depth=2)
+    for name, p in model.named_parameters():
+        std = 0.15 if "embed_tokens" in name else p[0].numel() ** -0.5 if p.ndim > 1 else 0.2
+        p.copy_(torch.randn(p.shape, generator=generator) * std + (p.ndim == 1 and "norm" in name))
+    last = model.model.language_model.layers[-1].self_attn
+    repeats = last.o_proj.in_features // last.v_proj.out_features
+    last.v_proj.bias.normal_(generator=generator)
+    constant = last.o_proj.weight @ last.v_proj.bias.view(-1, 48).repeat_interleave(repeats, 0).flatten()
+    model.get_input_embeddings().weight[model.config.text_config.eos_token_id] = ends * constant / constant.norm()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return tiny_model.build_processor()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(processor, tmp_path_factory):
+    """Path (str) of a checkpoint folder with a random model: half a million parameters, two layers."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random_model(processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory):
+    """A drawn world of 48 training and 16 test records."""
+    return world.write(tmp_path_factory.mktemp("world"), train=48, test=16)

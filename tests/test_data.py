@@ -1,0 +1,190 @@
+"""Records on disk: errors name file and line, shares stay apart, every record comes once an epoch."""
+import json
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from degrade import Degradation
+from rr1 import data
+
+CHAIN = "<TYPE>noise(0.20)<TYPE_END>\n<INFLUENCE>grain<INFLUENCE_END>\n<REASONING>a car<REASONING_END>\n" \
+        "<CONCLUSION>it is a car<CONCLUSION_END>\n<ANSWER>1<ANSWER_END>"
+
+
+def line(**changes):
+    """A record in the released form; a key set to None is left out."""
+    record = {"id": "7", "image": "images/7.png", "conversations": [{"from": "human", "value": "<image>what is it?\n0. cat 1. car"},
+                                                                    {"from": "gpt", "value": CHAIN}]} | changes
+    return json.dumps({key: value for key, value in record.items() if value is not None})
+
+
+def write(folder, *lines):
+    path = folder / "train.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# ---------------------------------------------------------------- reading
+
+def test_a_released_record(tmp_path):
+    record, = data.read(write(tmp_path, line()))
+    assert record["image"] == str(tmp_path / "images/7.png") and record["id"] == "7"
+    assert record["question"] == "what is it?\n0. cat 1. car" and record["response"] == CHAIN
+    assert record["chain"].degradations == record["degradations"] == [Degradation("noise", 0.2)]
+    assert record["answer"] == "1" and record["choices"] is None
+    assert record["where"].endswith("train.jsonl:1")
+
+
+def test_our_own_keys_and_another_image_folder(tmp_path):
+    known = [{"type": "noise", "intensity": 0.25}]
+    record, = data.read(write(tmp_path, "", line(degradations=known, choices=["cat", "car"], answer="car", clean_image="clean/7.png", form="choice")),
+                        image_folder=tmp_path / "elsewhere")
+    assert record["degradations"] == [Degradation("noise", 0.25)] and record["choices"] == ["cat", "car"] and record["answer"] == "car"
+    assert record["image"] == str(tmp_path / "elsewhere/images/7.png") and record["clean_image"] == str(tmp_path / "elsewhere/clean/7.png")
+    assert record["form"] == "choice" and record["where"].endswith("train.jsonl:2")
+
+
+def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
+    turns = [{"from": "human", "value": "<image>how many?"}, {"from": "gpt", "value": 3}]
+    record, = data.read(write(tmp_path, line(image=["images/7.png"], conversations=turns)))
+    assert record["image"] == str(tmp_path / "images/7.png") and record["response"] == "3"
+
+
+@pytest.mark.parametrize("bad, message", [
+    ('{"id": 7,', "not JSON"),
+    ("[1, 2]", "missing"),
+    ("7", "missing"),
+    (line(image=None), "'image'.*missing"),
+    (line(conversations=None), "'conversations'.*missing"),
+    (line(conversations=[{"from": "human", "value": "why?"}]), "'gpt'.*missing"),
+    (line(conversations=[{"role": "user", "content": "why?"}]), "'from'.*missing"),
+    (line(conversations=[7]), "missing"),
+    (line(image=["a.png", "b.png"]), "expected one path"),
+    (line(image=7), "expected one path"),
+    (line(degradations=[{"type": "noise"}]), "degradations"),
+    (line(degradations=[{"name": "noise", "s": 0.2}]), "degradations"),
+    (line(degradations="noise"), "degradations"),
+    (line(clean_image=7), "clean_image"),
+])
+def test_a_bad_record_is_named_by_file_and_line(tmp_path, bad, message):
+    with pytest.raises(data.DataError, match=rf"train\.jsonl:2: .*{message}"):
+        data.read(write(tmp_path, line(), bad, line()))
+
+
+def test_no_file_and_no_records(tmp_path):
+    with pytest.raises(SystemExit, match="--data .*nowhere.jsonl: no such file"):
+        data.read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(data.DataError, match="holds no records"):
+        data.read(write(tmp_path, "", ""))
+
+
+# ---------------------------------------------------------------- shares and order
+
+def ids(records):
+    return {r["id"] for r in records}
+
+
+def test_a_quarter_for_sft_and_the_rest_for_rl():
+    records = [{"id": f"r{i}"} for i in range(4000)]
+    sft, rl = data.split(records, "sft"), data.split(records, "rl")
+    assert not ids(sft) & ids(rl) and ids(sft) | ids(rl) == ids(records) == ids(data.split(records, "all"))
+    assert abs(len(sft) / 4000 - 0.25) < 0.03                    # standard error .007
+    assert data.split(records, "sft") == sft != data.split(records, "sft", seed=1)
+
+
+def test_a_record_never_changes_sides():
+    records = [{"id": f"r{i}"} for i in range(400)]
+    more = [{"id": f"new{i}"} for i in range(300)] + records[::-1]
+    kept = ids(records) - {"r0"}
+    assert ids(data.split(more, "sft")) & kept == ids(data.split(records, "sft")) & kept
+    assert ids(data.split(more[:-1], "rl")) & kept == ids(data.split(records, "rl")) & kept
+
+
+def test_records_without_an_id_do_not_change_sides_with_the_way_the_file_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path, *[line(id=None)] * 40)
+    monkeypatch.chdir(tmp_path)
+    sft, rl = data.split(data.read(path), "sft"), data.split(data.read("train.jsonl"), "rl")
+    assert len(ids(sft)) + len(ids(rl)) == 40 == len(ids(sft) | ids(rl))
+
+
+@pytest.mark.parametrize("n, size", [(10, 4), (10, 10), (3, 8), (1, 3), (7, 1)])
+def test_every_record_once_an_epoch(n, size):
+    steps = 3 * n                                                # a whole number of epochs
+    row = [i for step in range(steps) for i in data.batch_indices(n, size, step, seed=5)]
+    epochs = [tuple(row[start:start + n]) for start in range(0, len(row), n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert n < 7 or len(set(epochs)) > 1, "each epoch should have an order of its own"
+    assert data.batch_indices(n, size, 2, seed=5) == row[2 * size:3 * size]
+    assert n < 7 or row != [i for step in range(steps) for i in data.batch_indices(n, size, step, seed=6)]
+
+
+def test_no_records_to_train_on_is_said(tmp_path):
+    with pytest.raises(data.DataError, match="no records"):
+        data.batch_indices(0, 4, 0, seed=0)
+
+
+# ---------------------------------------------------------------- pictures
+
+def test_open_image(tmp_path):
+    Image.new("L", (5, 4), 9).save(tmp_path / "grey.png")
+    image = data.open_image(tmp_path / "grey.png")
+    assert image.mode == "RGB" and image.size == (5, 4) and image.getpixel((0, 0)) == (9, 9, 9)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"no picture at all"),
+                                  lambda p: p.write_bytes(p.with_name("whole.png").read_bytes()[:200])])
+def test_a_broken_picture_is_named(tmp_path, make):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    make(tmp_path / "broken.png")
+    with pytest.raises(data.DataError, match=r"broken\.png: cannot be read as an image"):
+        data.open_image(tmp_path / "broken.png")
+
+
+# ---------------------------------------------------------------- batches
+
+def test_load_batch_reads_what_the_records_name(world_folder, processor):
+    records = data.read(world_folder / "train.jsonl")[:3]
+    batch = data.load_batch(records, processor)
+    assert batch.grid_thw.tolist() == [[1, 8, 8]] * 3 and batch.pixel_values.shape[0] == 3 * 64
+    for row, record in zip(batch.ids, records):
+        assert row.count(processor.image_token_id) == 16
+        assert record["question"] in processor.tokenizer.decode(row)
+    assert torch.equal(batch[1:2].pixel_values, data.load_batch(records[1:2], processor).pixel_values)
+
+
+def test_prefetch_keeps_the_order_and_works_ahead():
+    made, main = [], threading.get_ident()
+
+    def make(step):
+        assert threading.get_ident() != main
+        made.append(step)
+        return step * 10
+
+    stream = data.prefetch(make, range(3, 7))
+    assert next(stream) == (3, 30)
+    assert list(stream) == [(4, 40), (5, 50), (6, 60)] and made == [3, 4, 5, 6]
+    assert list(data.prefetch(make, range(0))) == []
+
+
+def test_prefetch_makes_at_most_one_ahead():
+    made = Counter()
+    stream = data.prefetch(lambda step: made.update([step]), range(10))
+    next(stream), next(stream)
+    stream.close()
+    assert max(made) <= 3
+
+
+def test_prefetch_raises_where_the_step_is_due():
+    def make(step):
+        if step == 2:
+            raise data.DataError("train.jsonl:2: broken")
+        return step
+
+    seen = []
+    with pytest.raises(data.DataError, match="train.jsonl:2"):
+        for step, _ in data.prefetch(make, range(5)):
+            seen.append(step)
+    assert seen == [0, 1]

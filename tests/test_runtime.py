@@ -1,0 +1,568 @@
+"""Runs that are stopped, killed, shared out and resumed: the same weights, bit for bit, and nothing half-written.
+
+This file is also the small training script that the tests start: `torchrun tests/test_runtime.py --out FOLDER`.
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rr1 import runtime
+from rr1.runtime import opt
+
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = runtime.Runtime()
+
+
+# ------------------------------------------------------------------------------------------- the smallest training script
+
+
+@dataclass
+class Config:
+    out: str = opt("run", "folder")
+    steps: int = opt(6, "steps")
+    lr: float = opt(0.01, "learning rate, 100 % of it")
+    save_every: int = opt(2, "steps between checkpoints")
+    pause: float = opt(0.0, "seconds of sleep after each step")
+    words: list[str] = opt(["a", "b"], "some words")
+    seed: int = opt(0, "seed")
+    resume: bool = opt(False, "go on")
+
+
+class Net(nn.Module):
+    """Three parameters (one frozen, one that never has a gradient) and dropout, saved as models of transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.frozen, self.unused = nn.Linear(4, 3), nn.Linear(4, 4), nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x):
+        return self.layer(nn.functional.dropout(self.frozen(x), 0.3)) * self.scale
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), Path(folder) / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype):
+        net = cls()  # draws random numbers, as real ones do
+        net.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return net.to(dtype)
+
+
+class Processor:
+    def save_pretrained(self, folder):
+        (Path(folder) / "words.json").write_text("[]")
+
+
+def train(config: Config, rt: runtime.Runtime) -> Net:
+    """Every random state there is decides what is learnt."""
+    runtime.seed_everything(config.seed + rt.rank)
+    run = runtime.RunFolder(config, rt, ["loss of the step: loss", "draw"], free={"save_every", "pause"})
+    net = Net()
+    runtime.broadcast_parameters(net, rt)
+    optimizer = runtime.build_optimizer(net, config.lr, weight_decay=0.1)
+    own = {"torch": torch.Generator(), "numpy": np.random.default_rng(rt.rank), "python": random.Random(rt.rank)}
+    own = {f"own {name}": generator for name, generator in own.items()}
+    own["own torch"].manual_seed(rt.rank)
+    state = run.load(net, optimizer, own) or {"step": 0, "total": 0.0}
+    with runtime.Interrupt(rt) as interrupt:
+        for step in range(state["step"] + 1, config.steps + 1):
+            draws = [random.gauss(0, 1), np.random.standard_normal(), torch.randn(1).item(), own["own python"].gauss(0, 1),
+                     own["own numpy"].standard_normal(), torch.randn(1, generator=own["own torch"]).item()]
+            loss = (net(torch.tensor(draws[:4])) - torch.tensor(draws[3:])).pow(2).sum()
+            loss.backward()
+            runtime.sum_gradients(net.parameters(), rt)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * runtime.cosine_with_warmup(step - 1, config.steps, warmup=2)
+            optimizer.step()
+            optimizer.zero_grad()
+            state["total"] += loss.item()
+            run.log(step, runtime.sum_over_ranks({"loss": loss, "draw": draws[0]}, rt))
+            run.dump([{"step": step, "text": f"é{step}", "draw": draws[1]}])
+            stop = interrupt.requested
+            if stop or step % config.save_every == 0 or step == config.steps:
+                run.save(step, net, Processor(), optimizer, {"total": state["total"]}, own)
+            if stop:
+                run.stop(step)
+            time.sleep(config.pause)
+    run.finish(net, Processor())
+    net.total = state["total"]
+    return net
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimizer, random states, metrics and rollouts of two finished runs are equal, bit for bit."""
+    assert {k: v.tolist() for k, v in weights(a).items()} == {k: v.tolist() for k, v in weights(b).items()}
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text()
+    a, b = runtime.checkpoints(a)[-1], runtime.checkpoints(b)[-1]
+    assert a.name == b.name
+    for path in a.glob("rank-*.json"):
+        assert path.read_text() == (b / path.name).read_text()
+    a, b = load_file(a / "optimizer.safetensors"), load_file(b / "optimizer.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of 6 steps that nobody stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(Config(out=str(out)), ALONE)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
+def test_resume_is_bit_for_bit(whole, tmp_path, steps, monkeypatch, capsys):
+    """Stopped after any number of steps, with rubbish left behind: the end is the same."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(runtime, "cosine_with_warmup", lambda step, _, warmup, f=runtime.cosine_with_warmup: f(step, 6, warmup))
+    train(Config(out=str(out), steps=steps), ALONE)
+    with open(out / "metrics.jsonl", "a") as metrics, open(out / "rollouts.jsonl", "ab") as rollouts:
+        metrics.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+        rollouts.write('{"step": 9, "text": "é'.encode()[:-1])  # cut in the middle of a character
+    for rubbish in ("step-000099.tmp", "step-000002.tmp"):
+        (out / "checkpoints" / rubbish / "model").mkdir(parents=True)
+    (out / "model.tmp").mkdir()
+    (out / "curves.png.tmp").write_text("half")
+    runtime.seed_everything(12345)
+    train(Config(out=str(out), steps=6, save_every=4, resume=True), ALONE)
+    assert f"resuming from {out}/checkpoints/step-{steps:06d}" in capsys.readouterr().out
+    assert_same_run(whole, out)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_the_state_comes_back(whole, tmp_path):
+    """`state` makes the round trip, and a finished run has nothing left to do."""
+    before = whole.joinpath("metrics.jsonl").read_bytes()
+    net = train(Config(out=str(whole), resume=True), ALONE)
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert net.total == sum(row["loss"] for row in rows) and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert whole.joinpath("metrics.jsonl").read_bytes() == before
+
+
+def test_only_the_newest_checkpoints_stay_and_each_is_a_model_folder(whole):
+    found = runtime.checkpoints(whole)
+    assert [folder.name for folder in found] == ["step-000004", "step-000006"]
+    assert (found[0] / "model" / "words.json").exists()
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(found[1]).items())
+    assert set(load_file(found[1] / "optimizer.safetensors")) == {
+        f"{layer}.{kind}/{key}" for layer in ("layer", "unused") for kind in ("weight", "bias")
+        for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def test_dying_at_any_file_operation_leaves_a_resumable_folder(tmp_path, monkeypatch):
+    """At each rename, deletion and tensor file of a run in turn; resumed, it ends as a run that did not die."""
+    whole = tmp_path / "whole"
+    train(Config(out=str(whole), steps=4, save_every=1), ALONE)
+    class Killed(BaseException):
+        pass
+
+    def dies_at(count):
+        calls = iter(range(1000))
+
+        def wrap(function):
+            def inner(*arguments, **options):
+                if next(calls) == count:
+                    raise Killed
+                return function(*arguments, **options)
+            return inner
+        return wrap
+
+    monkeypatch.setattr(runtime, "draw_curves", lambda *_: None)
+    for count in range(1000):
+        out = tmp_path / str(count)
+        with monkeypatch.context() as patch:
+            wrap = dies_at(count)
+            patch.setattr(runtime.os, "replace", wrap(os.replace))
+            patch.setattr(runtime.shutil, "rmtree", wrap(runtime.shutil.rmtree))
+            patch.setattr(runtime, "save_file", wrap(save_file))
+            try:
+                train(Config(out=str(out), steps=4, save_every=1), ALONE)
+                break
+            except Killed:
+                pass
+        train(Config(out=str(out), steps=4, save_every=1, resume=True), ALONE)
+        assert_same_run(whole, out)
+    assert count > 20
+
+
+def test_nothing_to_resume(tmp_path, whole, capsys):
+    """--resume in an empty place, or in a folder killed before its first checkpoint, starts afresh and says so."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n')
+    train(Config(out=str(out), resume=True), ALONE)
+    assert f"nothing to resume in {out}" in capsys.readouterr().out
+    assert_same_run(whole, out)
+
+
+def test_a_second_run_into_a_folder_is_refused(whole):
+    with pytest.raises(SystemExit, match="already holds a run: use --resume .* or another --out"):
+        train(Config(out=str(whole)), ALONE)
+
+
+def test_resume_with_another_configuration_names_the_field_and_both_values(whole):
+    with pytest.raises(SystemExit) as error:
+        train(Config(out=str(whole), lr=0.5, words=["c"], resume=True, steps=9, pause=0.1), ALONE)
+    assert "lr: was 0.01, now 0.5" in str(error.value) and "words: was ['a', 'b'], now ['c']" in str(error.value)
+    assert "pause" not in str(error.value) and "steps" not in str(error.value)
+
+
+def test_resume_with_another_number_of_processes_is_refused(whole):
+    with pytest.raises(SystemExit, match=r"written by 1 process\(es\), this run has 4"):
+        runtime.RunFolder(Config(out=str(whole), resume=True), runtime.Runtime(world_size=4))
+
+
+def test_resume_with_another_generator_is_an_error(whole):
+    run, net = runtime.RunFolder(Config(out=str(whole), resume=True), ALONE), Net()
+    with pytest.raises(ValueError, match="random states"):
+        run.load(net, runtime.build_optimizer(net, 0.1, 0.0), {"another": random.Random()})
+
+
+def test_generators_make_the_round_trip():
+    philox, twister = (np.random.Generator(kind(3)) for kind in (np.random.Philox, np.random.MT19937))
+    for generator, draw in [(philox, philox.normal), (twister, twister.normal), (random, lambda: random.gauss(0, 1)),
+                            (np.random, np.random.standard_normal), (torch.default_generator, lambda: torch.randn(3).tolist())]:
+        draw()  # a Gaussian pair is half used up
+        state = json.loads(runtime.to_json(runtime.get_state(generator)))
+        expected = [draw() for _ in range(3)]
+        runtime.set_state(generator, state)
+        assert [draw() for _ in range(3)] == expected
+
+
+def test_a_real_model_comes_back_bit_for_bit(checkpoint, processor, tmp_path):
+    """Qwen2.5-VL, whose names on disk differ from its state dict's and whose embeddings are tied; frozen vision in bf16."""
+    from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+
+    model = Qwen.from_pretrained(checkpoint)
+    model.model.visual.to(torch.bfloat16).requires_grad_(False)
+    optimizer = runtime.build_optimizer(model, 0.01, 0.1)
+    for p in model.parameters():
+        p.grad = torch.rand_like(p) if p.requires_grad else None
+    optimizer.step()
+    config = Config(out=str(tmp_path / "run"))
+    runtime.RunFolder(config, ALONE).save(5, model, processor, optimizer)
+
+    other = Qwen.from_pretrained(checkpoint)
+    other.model.visual.to(torch.bfloat16).requires_grad_(False)
+    again = runtime.build_optimizer(other, 0.5, 0.1)
+    config.resume = True
+    assert runtime.RunFolder(config, ALONE).load(other, again) == {"step": 5}
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    assert other.lm_head.weight is other.model.language_model.embed_tokens.weight
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert all(torch.equal(value, again.state[q][key]) for key, value in optimizer.state[p].items())
+    assert again.param_groups[0]["lr"] == 0.01
+
+
+def test_nothing_is_pickled():
+    source = Path(runtime.__file__).read_text()
+    assert not re.search(r"torch\.(load|save)\b|import pickle|\beval\(|_object\(", source)
+
+
+# ------------------------------------------------------------------------------------------------- killing and stopping
+
+
+def start(*command: str, out: Path, **environment: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    return subprocess.Popen([sys.executable, *command, str(Path(__file__)), "--out", str(out)] + ["--pause", "0.3"],
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read_until(process: subprocess.Popen, beginning: str) -> list[str]:
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+
+
+def test_killed_without_warning(whole, tmp_path):
+    """SIGKILL torchrun between two steps: its worker dies too, and the resumed run ends with the same weights."""
+    out = tmp_path / "run"
+    process = start(*TORCHRUN, out=out)
+    read_until(process, "step     3")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(20)
+    if sys.platform == "linux":
+        process.stdout.read()  # ends when the worker, which holds the other end, is gone
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+    assert [folder.name for folder in runtime.checkpoints(out)] == ["step-000002"]
+    train(Config(out=str(out), resume=True), ALONE)
+    assert_same_run(whole, out)
+
+
+def test_stopped_in_peace(whole, tmp_path):
+    """Ctrl-C: the step ends, is saved, the way on is named, status 130; resumed, the same weights."""
+    out = tmp_path / "run"
+    process = start(out=out)
+    read_until(process, "step     3")
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == 130, said
+    assert "ending this step" in said and "with --resume goes on" in said and "Traceback" not in said
+    last = int(re.search(r"stopped after step (\d)", said)[1])
+    assert 3 <= last <= 4 and runtime.checkpoints(out)[-1].name == f"step-{last:06d}" and (out / "curves.png").exists()
+    train(Config(out=str(out), resume=True), ALONE)
+    assert_same_run(whole, out)
+
+
+def test_the_second_interrupt_kills_unless_it_is_the_echo_of_the_first(monkeypatch, capfd):
+    killed = []
+    monkeypatch.setattr(runtime.os, "kill", lambda pid, number: killed.append((pid, number)))
+    before = signal.getsignal(signal.SIGINT)
+    with runtime.Interrupt(ALONE) as interrupt:
+        assert not interrupt.requested
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # torchrun hands on what the terminal has already sent
+        assert interrupt.requested and not killed
+        interrupt._asked -= 2
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+    assert capfd.readouterr().err.count("ending this step") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- two processes
+
+
+def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
+    """Run by each of two processes; rank 0 has [1, 2], rank 1 has [10, 20] or nothing at all."""
+    assert rt.world_size == 2 and torch.distributed.get_backend() == "gloo"
+    assert runtime.sum_over_ranks({"b": rt.rank + 1, "a": torch.tensor(2.5, requires_grad=True)}, rt) == {"a": 5.0, "b": 3.0}
+
+    net = Net()  # seeded differently
+    runtime.broadcast_parameters(net, rt)
+    sums = {name: p.double().sum().item() for name, p in net.named_parameters()}
+    assert runtime.sum_over_ranks(sums, rt) == {name: 2 * total for name, total in sums.items()}
+
+    calls, all_reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor, *rest: (calls.append(tensor.numel()), all_reduce(tensor, *rest))
+    for bucket, expected in ((2**26, [15 + 6]), (12, [12, 3 + 4 + 2]), (1, [12, 3, 4, 2])):
+        for has in ("both", "one", "none"):  # as many collectives whatever the data
+            net.zero_grad(set_to_none=True)
+            if has == "both" or has == "one" and rt.rank == 1:
+                net.layer.weight.grad = torch.full((3, 4), 10.0 ** rt.rank)
+            calls.clear()
+            runtime.sum_gradients(net.parameters(), rt, bucket)
+            assert calls == expected, (calls, expected)
+            assert net.layer.weight.grad.unique().tolist() == [{"both": 11.0, "one": 10.0, "none": 0.0}[has]]
+            assert net.unused.weight.grad.abs().sum() == 0 and net.frozen.weight.grad is None
+    torch.distributed.all_reduce = all_reduce
+
+    half = [nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(1, dtype=torch.float64))]
+    half[0].grad, half[1].grad = torch.ones_like(half[0]), torch.full_like(half[1], 2.0 ** -40 + rt.rank)
+    runtime.sum_gradients(half, rt)
+    assert half[0].grad.dtype == torch.bfloat16 and half[1].grad.item() == 2.0 ** -39 + 1  # more than float32 can hold
+
+    with runtime.Interrupt(rt) as interrupt:  # one rank is asked, both know
+        if rt.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupt.requested
+
+    with runtime.main_first(rt):
+        marker = Path(config.out + ".marker")
+        time.sleep(0.2 * rt.is_main)
+        assert marker.exists() == (not rt.is_main)
+        marker.touch()
+
+    whole, parts = config.out + "-whole", config.out + "-parts"
+    train(Config(out=whole), rt)
+    runtime.cosine_with_warmup, original = (lambda step, _, warmup: original(step, 6, warmup)), runtime.cosine_with_warmup
+    train(Config(out=parts, steps=3), rt)
+    runtime.seed_everything(99)
+    net = train(Config(out=parts, resume=True), rt)
+    states = [json.loads((runtime.checkpoints(out)[-1] / f"rank-{rt.rank}.json").read_text()) for out in (whole, parts)]
+    assert states[0] == states[1]
+    total = runtime.sum_over_ranks({"sum": net.layer.weight.double().sum()}, rt)["sum"]
+    assert total == 2 * net.layer.weight.double().sum().item()
+
+
+def test_two_processes(tmp_path):
+    process = start(*TORCHRUN, "--nproc-per-node", "2", out=tmp_path / "run", CHECK="1")
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, said
+    assert said.count("step     1") == 2  # of each run one line, not one for each rank
+    assert_same_run(tmp_path / "run-whole", tmp_path / "run-parts")
+    folder = runtime.checkpoints(tmp_path / "run-whole")[-1]
+    ranks = [json.loads((folder / f"rank-{rank}.json").read_text())["generators"] for rank in (0, 1)]
+    assert len(ranks[0]) == 6 and all(ranks[0][name] != ranks[1][name] for name in ranks[0])
+
+
+def test_one_process_also_fills_in_missing_gradients():
+    net = Net()
+    runtime.sum_gradients(net.parameters(), ALONE)
+    assert net.layer.weight.grad.abs().sum() == 0 and net.frozen.weight.grad is None
+    runtime.sum_gradients([], ALONE)
+
+
+def test_setup_under_plain_python(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    rt = runtime.setup(7)
+    drawn = (random.random(), np.random.random(), torch.rand(1).item())
+    runtime.seed_everything(7)
+    assert drawn == (random.random(), np.random.random(), torch.rand(1).item())
+    assert (rt.rank, rt.world_size, rt.is_main) == (0, 1, True) and not torch.distributed.is_initialized()
+    if rt.device.type == "cpu":
+        assert rt.dtype == torch.float32
+        with rt.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------- the small parts
+
+
+def test_optimizer_groups():
+    optimizer = runtime.build_optimizer(Net(), lr=0.1, weight_decay=0.3)
+    matrices, vectors = optimizer.param_groups
+    assert {p.ndim for p in matrices["params"]} == {2} and matrices["weight_decay"] == 0.3
+    assert {p.ndim for p in vectors["params"]} == {1} and vectors["weight_decay"] == 0.0
+    assert len(matrices["params"] + vectors["params"]) == 4  # the frozen layer is not among them
+    with pytest.raises(ValueError, match="nothing to train"):
+        runtime.build_optimizer(Net().requires_grad_(False), 0.1, 0.0)
+
+
+def test_schedule():
+    factors = [runtime.cosine_with_warmup(step, 110, warmup=10, floor=0.1) for step in range(111)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and factors[10] == 1
+    assert factors[60] == pytest.approx(0.55) and factors[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
+    assert runtime.cosine_with_warmup(500, 110, 10) == pytest.approx(0.1) and runtime.cosine_with_warmup(0, 0, 0) == 1
+
+
+@dataclass
+class Options:
+    needed: int
+    name: str = opt("x", "a name; 50 % of %s")
+    rate: float = opt(1e-5, "a rate")
+    tree: bool = opt(True, "a switch")
+    loss: str = opt("grpo", "a choice", ["grpo", "dapo"])
+    max_items: int | None = opt(None, "none or a number")
+    levels: list[float] = opt([0.25, 0.5], "numbers")
+    words: list[str] = field(default_factory=list)
+
+
+def test_options():
+    config = runtime.parse_config(Options, ["--needed", "3"])
+    assert config == Options(3) and config.levels == [0.25, 0.5] and config.levels is not Options(3).levels
+    argv = "--needed 1 --name y --rate 2e-6 --no-tree --loss dapo --max-items 4 --levels 1 --words a b"
+    config = runtime.parse_config(Options, argv.split())
+    assert config == Options(1, "y", 2e-6, False, "dapo", 4, [1.0], ["a", "b"])
+
+
+@pytest.mark.parametrize("argv, said", [
+    ("", "required: --needed"), ("--needed x", "invalid int value: 'x'"), ("--needed 1 --loss no", "'grpo'"),
+    ("--needed 1 --max-item 3", "unrecognized arguments: --max-item 3")])
+def test_wrong_options(argv, said, capsys):
+    with pytest.raises(SystemExit):
+        runtime.parse_config(Options, argv.split())
+    assert said in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_the_docstring_as_it_is(capsys):
+    with pytest.raises(SystemExit):
+        runtime.parse_config(Options, ["--help"], "Title\n\n    torchrun  script.py")
+    said = capsys.readouterr().out
+    assert "\n    torchrun  script.py" in said and "50 % of %s (default: x)" in said and "--max-items INT" in said
+    assert "(default: [0.25, 0.5])" in said and "--tree, --no-tree" in said and "{grpo,dapo}" in said
+
+
+def test_log_writes_plain_json_and_one_line(tmp_path, capsys):
+    run = runtime.RunFolder(Config(out=str(tmp_path)), ALONE)
+    run.log(1, {"loss": torch.tensor(0.5), "norm": float("nan"), "tokens": 7})
+    run.log(2, {"loss": 0.25}, "my line")
+    run.log(3, {"loss": 0.125}, "")
+    assert capsys.readouterr().out == "step     1  loss 0.5  norm nan  tokens 7\nmy line\n"
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.5, "norm": None, "tokens": 7.0}, {"step": 2, "loss": 0.25}, {"step": 3, "loss": 0.125}]
+    with pytest.raises(ValueError, match='needs the key "step"'):
+        run.dump([{"text": "x"}])
+    assert json.loads((tmp_path / "config.json").read_text())["words"] == ["a", "b"]
+
+
+def test_the_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "barrier", lambda rt: None)
+    run = runtime.RunFolder(Config(out=str(tmp_path / "run")), runtime.Runtime(rank=1, world_size=2))
+    run.log(1, {"loss": 1.0})
+    run.dump([{"step": 1}])
+    run.draw()
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_curves(tmp_path, monkeypatch):
+    """curves.png is drawn as the run goes, one axes a panel, with gaps and missing metrics; the picture is not blank."""
+    import matplotlib.figure
+    import matplotlib.image
+
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig",
+                        lambda figure, *a, f=matplotlib.figure.Figure.savefig, **k: (drawn.append(figure), f(figure, *a, **k)))
+    run = runtime.RunFolder(Config(out=str(tmp_path)), ALONE, ["loss", "the terms: part/*", "absent"])
+    for step in range(1, 41):
+        run.log(step, {"loss": 1 / step, "part/a": float("nan") if step % 2 else step, **({"part/b": 3} if step == 7 else {})}, "")
+    assert not drawn
+    run._drawn -= 21
+    run.log(41, {"loss": 0.01}, "")
+    assert len(drawn) == 1
+    loss, terms = drawn[0].axes
+    assert (loss.get_title(), terms.get_title(), loss.get_xlabel()) == ("loss", "the terms", "step")
+    assert [text.get_text() for text in terms.get_legend().get_texts()] == ["part/a", "part/b"]
+    assert loss.lines[0].get_ydata()[0] == 1.0 and len(terms.lines[0].get_xdata()) == 20
+    image = matplotlib.image.imread(tmp_path / "curves.png")
+    assert image.shape[0] > 200 and image.shape[1] > 600 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
+    assert np.allclose(runtime.smooth(np.full(100, 2.0)), 2.0)
+    assert np.allclose(runtime.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
+
+
+def test_trackers_are_imported_only_when_asked(tmp_path, monkeypatch):
+    sent = []
+    fake = types.SimpleNamespace(init=lambda **options: types.SimpleNamespace(log=lambda values, step: sent.append((step, values))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    runtime.RunFolder(Config(out=str(tmp_path / "a")), ALONE).log(1, {"loss": 2.0}, "")
+    assert not sent
+    runtime.RunFolder(Config(out=str(tmp_path / "b")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
+    assert sent == [(1, {"loss": 2.0})]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        runtime.RunFolder(Config(out=str(tmp_path / "c")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
+
+
+if __name__ == "__main__":
+    options = runtime.parse_config(Config)
+    here = runtime.setup(options.seed)
+    if os.environ.get("CHECK"):
+        check_two_processes(options, here)
+    else:
+        train(options, here)
+    runtime.teardown(here)

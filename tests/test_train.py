@@ -1,0 +1,401 @@
+"""The two training scripts, a few steps of each on a small random model: what they leave, what their flags change, how they stop
+and go on, and that several processes do what one does."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers.modeling_utils
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+import train_grpo
+import train_sft
+from rr1 import data, rollout, runtime, tiny, vlm
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"sft": train_sft, "grpo": train_grpo}
+SMALL = {"sft": "--steps 2 --batch 6 --micro-batch 6 --lr 1e-3 --warmup 1",
+         "grpo": "--steps 2 --prompts 3 --group-size 4 --max-new-tokens 12 --micro-batch 3 --lr 1e-3 --warmup 1"}
+CLOCKS = {"seconds", "tokens_per_second", "seconds/rollout", "seconds/score", "seconds/update"}
+both = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@dataclass
+class Run:
+    out: Path
+
+    @property
+    def rows(self) -> list[dict]:
+        """metrics.jsonl without the clocks."""
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.out / "model" / "model.safetensors")
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.out / "checkpoints").iterdir())
+
+
+class Lab:
+    """Runs the scripts in this process; the same flags are run once."""
+
+    def __init__(self, checkpoint, world_folder, folder):
+        self.checkpoint, self.world, self.folder, self.done = checkpoint, world_folder, folder, {}
+
+    def arguments(self, script: str, flags: str, out: Path) -> list[str]:
+        return ["--model", self.checkpoint, "--data", f"{self.world}/train.jsonl", "--out", str(out), *SMALL[script].split(), *flags.split()]
+
+    def new_folder(self) -> Path:
+        return self.folder / f"run{len(list(self.folder.iterdir()))}"
+
+    def run(self, script: str, flags: str = "") -> Run:
+        if (script, flags) not in self.done:
+            out = self.new_folder()
+            SCRIPTS[script].main(self.arguments(script, flags, out))
+            self.done[script, flags] = Run(out)
+        return self.done[script, flags]
+
+    def start(self) -> dict[str, torch.Tensor]:
+        return load_file(Path(self.checkpoint) / "model.safetensors")
+
+    def change(self, run: Run) -> torch.Tensor:
+        """All that the run added to the weights, as one vector."""
+        before, after = self.start(), run.weights
+        return torch.cat([(after[name] - before[name]).flatten() for name in before])
+
+    def apart(self, a: Run, b: Run) -> float:
+        """How far two runs ended from each other, as a share of the way that they went."""
+        return float((self.change(a) - self.change(b)).norm() / self.change(b).norm())
+
+
+@pytest.fixture(scope="module")
+def lab(checkpoint, world_folder, tmp_path_factory):
+    return Lab(checkpoint, world_folder, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(runtime, "draw_curves", lambda *_: None)
+
+
+def equal(a: Run, b: Run) -> bool:
+    return all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+@both
+def test_files_of_a_run(lab, script):
+    run = lab.run(script)
+    expected = {"config.json", "metrics.jsonl", "curves.png", "checkpoints", "model"} | ({"rollouts.jsonl"} if script == "grpo" else set())
+    assert {path.name for path in run.out.iterdir()} == expected
+    assert run.checkpoints == ["step-000002"] and [row["step"] for row in run.rows] == [1, 2]
+    config = json.loads((run.out / "config.json").read_text())
+    assert config["steps"] == 2 and config["lr"] == 1e-3 and config.keys() == {f.name for f in fields(SCRIPTS[script].Config)}
+    assert all(isinstance(value, (int, float)) for row in run.rows for value in row.values()), "every metric is finite"
+
+
+def test_rollouts_can_be_read(lab):
+    rows = [json.loads(line) for line in (lab.run("grpo").out / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 4, "two groups of each step"
+    for row in rows:
+        assert row["truth"].startswith("<TYPE>") and Path(row["image"]).exists() and isinstance(row["response"], str)
+        assert row["reward"] == pytest.approx(row["deg"] + row["len"])
+    group = [row["advantage"] for row in rows[:4]]
+    assert sum(group) == pytest.approx(0, abs=1e-5) and rows[0]["step"] == 1 and rows[-1]["step"] == 2
+
+
+@both
+def test_the_vision_tower_stands_and_the_language_model_moves(lab, script):
+    before, after = lab.start(), lab.run(script).weights
+    assert before.keys() == after.keys() and any("visual" in name for name in before)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == ("visual" in name), name
+
+
+@both
+def test_the_model_that_is_written_is_an_ordinary_checkpoint(lab, script):
+    run = lab.run(script)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.out / "model")
+    ours, processor = vlm.load(str(run.out / "checkpoints" / "step-000002" / "model"))
+    assert AutoTokenizer.from_pretrained(run.out / "model")("<TYPE>noise(0.20)")["input_ids"] == processor.response_ids("<TYPE>noise(0.20)")[:-1]
+    ids = torch.tensor([processor.prompt_ids("what is it?", [])])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+def test_sft_loss_is_the_mean_over_response_tokens_end_of_turn_included(lab, checkpoint):
+    """The first row against the model's own forward, one record at a time."""
+    model, processor = vlm.load(checkpoint)
+    records = data.split(data.read(lab.world / "train.jsonl"), "sft")
+    losses = []
+    for i in data.batch_indices(len(records), 6, 0, seed=0):
+        batch, response = data.load_batch([records[i]], processor), processor.response_ids(records[i]["response"])
+        ids = torch.tensor([batch.ids[0] + response])
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=batch.pixel_values, image_grid_thw=batch.grid_thw,
+                           mm_token_type_ids=(ids == processor.image_token_id).int()).logits[0, len(batch.ids[0]) - 1:-1]
+        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="none").tolist()
+    first = lab.run("sft").rows[0]
+    assert first["tokens"] == len(losses) and first["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+# ---------------------------------------------------------------- ratio, KL, temperature
+
+@pytest.mark.parametrize("T", [1.0, 0.7])
+def test_before_the_first_update_ratio_is_1_kl_is_0_and_the_sampler_agrees_with_the_scorer(lab, no_plots, monkeypatch, T):
+    sampled, scored = [], []
+
+    def sample(*args, **options):
+        sampled.extend(rollout_of for group in sample_group(*args, **options) for rollout_of in group)
+        return [sampled[i:i + 4] for i in range(0, len(sampled), 4)]
+
+    def score(*args, **options):
+        scored.append(group_logps(*args, **options))
+        return scored[-1]
+
+    sample_group, group_logps = rollout.sample_group, vlm.group_logps
+    monkeypatch.setattr(rollout, "sample_group", sample)
+    monkeypatch.setattr(vlm, "group_logps", score)
+    run = Run(lab.new_folder())
+    train_grpo.main(lab.arguments("grpo", f"--steps 1 --micro-batch 2 --temperature {T}", run.out))
+    assert run.rows[0]["ratio"] == 1.0 and run.rows[0]["kl"] == 0.0
+    assert abs(run.rows[0]["loss"]) < 1e-6, "advantages of a group add up to 0"
+    reference, policy = scored[:2], scored[2:]
+    for (a, *_), (b, mask, _) in zip(reference, policy, strict=True):
+        assert torch.equal(a, b)
+    rows = [(row, int(m.sum())) for logps, mask, _ in policy for row, m in zip(logps, mask)]
+    assert len(sampled) == len(rows) == 12
+    for response, (row, length) in zip(sampled, rows):
+        assert len(response.ids) == length
+        torch.testing.assert_close(torch.tensor(response.logps), row[:length].detach(), rtol=0, atol=5e-5)
+
+
+# ---------------------------------------------------------------- every flag changes something
+
+def changed(lab, base, run):
+    assert not equal(base, run)
+
+
+def close(lab, base, run):
+    assert lab.apart(run, base) < 1e-3
+    for a, b in zip(base.rows, run.rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def hardly_moved(lab, base, run):
+    assert lab.change(run).norm() < 0.2 * lab.change(base).norm() and run.rows[0]["grad_norm"] == base.rows[0]["grad_norm"]
+
+
+def has(**expected):
+    """A check that metrics of the last row are as expected: numbers, or functions of (the base run's last row, this one's)."""
+    def check(lab, base, run):
+        changed(lab, base, run)
+        for name, value in expected.items():
+            row = run.rows[-1]
+            assert value(base.rows[-1], row) if callable(value) else row[name.replace("__", "/")] == value, (name, row)
+    return check
+
+
+def without_kl(lab, base, run):
+    changed(lab, base, run)
+    assert "kl" in base.rows[0] and "kl" not in run.rows[0]
+
+
+def two_checkpoints(lab, base, run):
+    assert equal(base, run) and run.checkpoints == ["step-000001", "step-000002"] != base.checkpoints
+
+
+OFTEN = "--steps 1 --mu 2 --lr 2e-3"                             # the second update of a rollout is far from the first
+
+FLAGS = {"sft": [
+    ("", "--part rl", changed), ("", "--seed 1", changed), ("", "--lr 2e-3", has(lr=lambda a, b: b["lr"] == 2 * a["lr"])),
+    ("", "--warmup 3", has(lr=lambda a, b: b["lr"] == pytest.approx(1e-3 * 2 / 3))), ("", "--weight-decay 0.5", changed),
+    ("", "--max-grad-norm 1e-8", hardly_moved), ("", "--batch 3", has(tokens=lambda a, b: b["tokens"] < a["tokens"])),
+    ("", "--micro-batch 4", close), ("", "--save-every 1", two_checkpoints),
+], "grpo": [
+    ("", "--part sft", changed), ("", "--seed 1", changed), ("", "--lr 2e-3", has(lr=lambda a, b: b["lr"] == 2 * a["lr"])),
+    ("", "--warmup 3", has(lr=lambda a, b: b["lr"] == pytest.approx(1e-3 * 2 / 3))), ("", "--weight-decay 0.5", changed),
+    ("", "--max-grad-norm 1e-8", hardly_moved), ("", "--micro-batch 1", close), ("", "--save-every 1", two_checkpoints),
+    ("", "--prompts 2", changed), ("", "--group-size 2", changed),
+    ("", "--rewards len", has(deg=lambda a, b: "reward/deg" in a and "reward/deg" not in b)),
+    ("", "--reward-weights 1 3", has(sum=lambda a, b: b["reward"] == pytest.approx(b["reward/deg"] + 3 * b["reward/len"]))),
+    ("", "--beta 0", without_kl), ("", "--beta 1", changed),
+    ("", OFTEN, has(ratio=lambda a, b: a["ratio"] == 1 != b["ratio"], clip=lambda a, b: a["clip_low"] == 0 < b["clip_low"])),
+    (OFTEN, f"{OFTEN} --clip 0.9", has(clip=lambda a, b: b["clip_low"] < a["clip_low"])),
+    (OFTEN, f"{OFTEN} --clip-high 9", has(clip_high=lambda a, b: a["clip_high"] > b["clip_high"])),
+    ("", "--loss dr_grpo", changed), ("", "--loss dapo", changed), ("--loss dapo", "--loss dr_grpo", changed),
+    ("", "--no-scale-by-std", changed), ("", "--mask-truncated", changed),
+    ("", "--temperature 0.5", has(entropy=lambda a, b: b["entropy"] < a["entropy"] - 0.5)), ("", "--top-p 0.5", changed), ("", "--top-k 3", changed),
+    ("", "--max-new-tokens 6", has(length=lambda a, b: b["length"] <= 6 < a["length"])),
+]}
+ELSEWHERE = {"model", "data", "out", "steps", "resume", "images", "tracker", "gradient_checkpointing"}  # other tests, or every run
+
+
+@pytest.mark.parametrize("script, base, flags, check", [(script, *row) for script in FLAGS for row in FLAGS[script]],
+                         ids=[f"{script} {row[1]}" for script in FLAGS for row in FLAGS[script]])
+def test_every_flag_changes_something(lab, no_plots, script, base, flags, check):
+    check(lab, lab.run(script, base), lab.run(script, flags))
+
+
+@both
+def test_no_flag_is_forgotten_above(script):
+    seen = {word[2:].replace("-", "_") for row in FLAGS[script] for word in row[1].split() if word.startswith("--")}
+    seen = {"scale_by_std" if name == "no_scale_by_std" else name for name in seen}
+    assert seen | ELSEWHERE == {f.name for f in fields(SCRIPTS[script].Config)}
+
+
+@both
+def test_gradient_checkpointing_computes_again_and_ends_at_the_same_place(lab, no_plots, monkeypatch, script):
+    base, calls, checkpoint = lab.run(script), [], transformers.modeling_utils.checkpoint
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *args, **options: calls.append(1) or checkpoint(*args, **options))
+    run = lab.run(script, "--gradient-checkpointing")
+    assert len(calls) >= 2 * 2, "two layers in each of two steps"
+    assert lab.apart(run, base) < 1e-4
+
+
+@both
+def test_images_may_lie_elsewhere_and_the_drawn_world_is_the_default(lab, no_plots, monkeypatch, script, tmp_path):
+    base = lab.run(script)
+    shutil.copy(lab.world / "train.jsonl", tmp_path / "lines.jsonl")
+    elsewhere = lab.run(script, f"--data {tmp_path}/lines.jsonl --images {lab.world}")
+    with pytest.raises(data.DataError, match=f"{tmp_path}/images/.*cannot be read"):
+        lab.run(script, f"--data {tmp_path}/lines.jsonl")
+    monkeypatch.setattr(tiny, "WORLD", lab.world)
+    arguments = lab.arguments(script, "", lab.new_folder())
+    at = arguments.index("--data")
+    SCRIPTS[script].main(arguments[:at] + arguments[at + 2:])
+    assert equal(base, elsewhere) and equal(base, Run(Path(arguments[arguments.index("--out") + 1])))
+
+
+@both
+def test_a_tracker_gets_every_row_and_one_that_is_missing_is_named(lab, no_plots, monkeypatch, script):
+    reported = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: SimpleNamespace(log=lambda values, step: reported.append((step, values)))))
+    rows = lab.run(script, "--tracker wandb").rows
+    assert [step for step, _ in reported] == [1, 2] and reported[0][1]["loss"] == rows[0]["loss"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        lab.run(script, "--tracker wandb --seed 0")
+
+
+def test_a_reward_of_ones_own(lab, no_plots, tmp_path):
+    (tmp_path / "mine.py").write_text("def brevity(response, record):\n"
+                                      "    assert {'chain', 'answer', 'question', 'image', 'length', 'choices'} <= record.keys()\n"
+                                      "    return -response.length / 100\n")
+    name = f"{tmp_path}/mine.py:brevity"
+    row = lab.run("grpo", f"--steps 1 --rewards deg {name} --reward-weights 1 0.2").rows[0]
+    assert row[f"reward/{name}"] == pytest.approx(-row["length"] / 100)
+    assert row["reward"] == pytest.approx(row["reward/deg"] - 0.2 * row["length"] / 100)
+
+
+# ---------------------------------------------------------------- what cannot work is said before the work
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("grpo", "--temperature 0", "--temperature"), ("grpo", "--rewards deg lenght", "did you mean 'len'"),
+    ("grpo", "--reward-weights 1", "--reward-weights"), ("grpo", "--rewards nowhere.py:f", "no file 'nowhere.py'"),
+    ("grpo", "--data nowhere.jsonl", "--data nowhere.jsonl"),
+])
+def test_errors_before_the_first_step(lab, no_plots, script, flags, message):
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError), match=message):
+        lab.run(script, flags)
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+LONGER = "--steps 4 --save-every 2"
+
+KILLED_AFTER_STEP_3 = """
+import importlib, json, os, signal, sys
+from rr1 import runtime
+log = runtime.RunFolder.log
+def log_and_die(run, step, *rest):
+    log(run, step, *rest)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+runtime.RunFolder.log = log_and_die
+for name, arguments in json.loads(sys.argv[1]).items():
+    script = importlib.import_module(f"train_{name}")
+    child = os.fork()                  # nothing has been computed so far, and importing torch once is enough
+    if not child:
+        script.main(arguments)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(lab) -> dict[str, Run]:
+    """A run of each script, in a process of its own that got SIGKILL after step 3 was logged and before it was saved."""
+    runs = {script: Run(lab.folder / f"killed-{script}") for script in SCRIPTS}
+    arguments = {script: lab.arguments(script, LONGER, run.out) for script, run in runs.items()}
+    done = subprocess.run([sys.executable, "-c", KILLED_AFTER_STEP_3, json.dumps(arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert [line for line in done.stdout.splitlines() if line.split()[0] in SCRIPTS] == ["sft -9", "grpo -9"], done.stderr[-3000:]
+    return runs
+
+
+def assert_same_end(run: Run, whole: Run):
+    assert equal(run, whole) and run.rows == whole.rows
+    if (whole.out / "rollouts.jsonl").exists():
+        assert (run.out / "rollouts.jsonl").read_text() == (whole.out / "rollouts.jsonl").read_text()
+
+
+@both
+def test_a_killed_run_goes_on_bit_for_bit(lab, killed, no_plots, script):
+    whole, run = lab.run(script, LONGER), killed[script]
+    arguments = lab.arguments(script, LONGER, run.out)
+    assert len(run.rows) == 3 and run.checkpoints == ["step-000002"] and not (run.out / "model").exists()
+    with pytest.raises(SystemExit, match="--resume"):
+        SCRIPTS[script].main(arguments)
+    SCRIPTS[script].main([*arguments, "--resume"])
+    assert_same_end(run, whole)
+
+
+@both
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(lab, no_plots, monkeypatch, capfd, script):
+    whole, run, log = lab.run(script, LONGER), Run(lab.new_folder()), runtime.RunFolder.log
+    arguments = lab.arguments(script, LONGER, run.out)
+
+    def log_and_press(self, step, *rest):
+        log(self, step, *rest)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(runtime.RunFolder, "log", log_and_press)
+        SCRIPTS[script].main(arguments)
+    assert exit.value.code == 130 and signal.getsignal(signal.SIGINT) is handler
+    assert "with --resume goes on" in capfd.readouterr().out
+    assert run.checkpoints == ["step-000001"] and [row["step"] for row in run.rows] == [1]
+    SCRIPTS[script].main([*arguments, "--resume"])
+    assert_same_end(run, whole)
+
+
+# ---------------------------------------------------------------- several processes
+
+def test_two_processes_do_what_one_does(lab, no_plots):
+    """gloo; the same weights on both ranks, those of one process on the joint batch, and as many collectives for other data."""
+    jobs = [("sft", ""), ("grpo", "--prompts 4 --micro-batch 1"), ("grpo", "--prompts 4 --micro-batch 1 --seed 1 --max-new-tokens 5")]
+    runs = [Run(lab.new_folder().with_name(f"two{i}")) for i in range(len(jobs))]
+    arguments = [(f"train_{script}", lab.arguments(script, flags, run.out)) for (script, flags), run in zip(jobs, runs)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "tests/two_ranks.py", json.dumps(arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    calls = []
+    for (script, flags), run in zip(jobs, runs):
+        ended = [json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)]
+        assert ended[0] == ended[1], "the ranks' weights or their numbers of collectives differ"
+        calls.append(ended[0]["calls"])
+        close(lab, lab.run(script, flags), run)
+    assert calls[1] == calls[2] and calls[0]["all_reduce"] > 0

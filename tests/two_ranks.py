@@ -1,0 +1,47 @@
+"""Started by torchrun from test_train.py: several training runs one after the other. Each rank writes what it ended with
+and how many collectives it took part in to OUT/rank-N-ended.json.
+
+    torchrun --nproc-per-node 2 tests/two_ranks.py '[["train_sft", ["--model", ..]], ["train_grpo", [..]]]'
+"""
+import hashlib
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rr1 import runtime
+
+
+def main() -> None:
+    calls = {name: 0 for name in ("all_reduce", "broadcast", "barrier")}
+
+    def counted(name, function):
+        def call(*args, **options):
+            calls[name] += 1
+            return function(*args, **options)
+        return call
+
+    for name in calls:
+        setattr(dist, name, counted(name, getattr(dist, name)))
+    finish = runtime.RunFolder.finish
+
+    def note_and_finish(run, model, processor):
+        digest = hashlib.sha256()
+        for p in model.parameters():
+            digest.update(p.detach().numpy().tobytes())
+        (run.out / f"rank-{run.rt.rank}-ended.json").write_text(json.dumps({"weights": digest.hexdigest(), "calls": calls}))
+        finish(run, model, processor)
+
+    runtime.RunFolder.finish = note_and_finish
+    runtime.teardown = lambda rt: None                           # one group of processes serves all runs
+    for script, arguments in json.loads(sys.argv[1]):
+        calls.update(dict.fromkeys(calls, 0))
+        importlib.import_module(script).main(arguments)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
