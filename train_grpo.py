@@ -60,7 +60,7 @@ class Config:
     mask_truncated: bool = opt(False, "leave responses that were cut off out of the loss")
     micro_batch: int = opt(8, "groups a forward and backward pass, in each process")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: slower, much less memory")
-    seed: int = opt(0, "fixes the split, the order, what is sampled and everything else")
+    seed: int = opt(0, "fixes the order of the records, what is sampled and everything else random")
     save_every: int = opt(50, "steps between checkpoints")
     resume: bool = opt(False, "go on from the newest checkpoint in --out")
     tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     run = runtime.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
-    records = data.split(data.read(path, config.images), config.part, config.seed)
+    records = data.split(data.read(path, config.images), config.part)
 
     policy, processor = vlm.load(config.model, device=rt.device)
     vlm.freeze_vision(policy)
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         indices = data.batch_indices(len(records), B, step, config.seed)
         chosen = [records[indices[place]] for place in places]
         chosen = [r | {"length": len(processor.response_ids(r["response"])) - 1} for r in chosen]
-        return chosen, [hash((config.seed, step, place)) for place in places], data.load_batch(chosen, processor)
+        return chosen, [data.seed_for(config.seed, step, place) for place in places], data.load_batch(chosen, processor)
 
     def score(model, prompts, responses, **options):
         with rt.autocast():

@@ -39,7 +39,7 @@ class Config:
     weight_decay: float = opt(0.01, "of AdamW, on matrices only")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: slower, much less memory")
-    seed: int = opt(0, "fixes the split, the order and everything else")
+    seed: int = opt(0, "fixes the order of the records and everything random")
     save_every: int = opt(100, "steps between checkpoints")
     resume: bool = opt(False, "go on from the newest checkpoint in --out")
     tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
@@ -65,13 +65,13 @@ def main(argv: list[str] | None = None) -> None:
     run = runtime.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
-    records = data.split(data.read(path, config.images), config.part, config.seed)
+    records = data.split(data.read(path, config.images), config.part)
 
     model, processor = vlm.load(config.model, device=rt.device)
-    vlm.freeze_vision(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
+    vlm.freeze_vision(model)
     optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
     parameters = [p for p in model.parameters() if p.requires_grad]
     first = (run.load(model, optimizer) or {"step": 0})["step"]

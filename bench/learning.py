@@ -68,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. answer the held-out records
     trained = [f"{kind}-{s}" for kind in ("grpo", "control") for s in seeds]
-    ask = ["evaluate.py", "--no-table-2", "--models", f"sft={config.model}", *(f"{name}={out / name / 'model'}" for name in trained)]
-    run_all(config, {mode: [*ask, "--temperature", temperature, "--out", out / mode] for mode, temperature in MODES.items()})
+    models = [f"sft={config.model}", *(f"{name}={out / name / 'model'}" for name in trained)]
+    run_all(config, {mode: ["evaluate.py", "--models", *models, "--no-table-2", "--temperature", temperature, "--out", out / mode]
+                     for mode, temperature in MODES.items()})
 
     # 3. compare
 
@@ -162,27 +163,30 @@ def report(result: dict, seeds: list[int]) -> str:
     """The tables and what follows from them, as Markdown."""
     took = result["training_seconds"]
     blocks = [f"{result['n']} held-out damaged pictures. In brackets: the difference to SFT with its 95 % interval, paired by record;\n"
-              "**bold** where the interval is clear of 0. More SFT: the control, as many seconds of fine-tuning as GRPO took."]
+              "**bold** where that is clear of 0. More SFT: the control, as many seconds of fine-tuning as GRPO took."]
     for mode in MODES:
         now, gain, duel = (result[mode][key] for key in ("now", "gain", "rl_less_control"))
         lines = [["SFT, before", *(number(now["sft"][m]["value"]) for m in MEASURES), ""]]
         for kind, title in (("grpo", "GRPO"), ("control", "more SFT")):
-            lines += [[f"{title}, seed {s}", *(f"{number(now[name][m]['value'])} ({interval(gain[name][m])})" for m in MEASURES),
+            lines += [[f"{title}, seed {s}", *(f"{number(now[name][m]['value'])} ({interval(gain[name][m])})".replace("- (-)", "-") for m in MEASURES),
                        f"{took[name]:.0f}"] for s in seeds for name in [f"{kind}-{s}"]]
         lines += [[f"GRPO less more SFT, seed {s}", *(interval(duel[str(s)][m]) for m in MEASURES), ""] for s in seeds]
         blocks.append(metrics.markdown([mode, *MEASURES.values(), "seconds"], lines))
-    duels = []
-    for m, title in MEASURES.items():
-        for mode in MODES:
-            found = [e for e in (result[mode]["rl_less_control"][str(s)][m] for s in seeds) if e["n"]]
-            up, down = sum(e["low"] > 0 for e in found), sum(e["high"] < 0 for e in found)
-            better, worse = (down, up) if m in LOWER_IS_BETTER else (up, down)
-            duels.append([title, mode, *map(str, (better, worse, len(seeds) - better - worse))])
-    blocks += ["GRPO against more SFT, number of seeds:",
-               metrics.markdown(["", "", "GRPO better", "more SFT better", "no difference seen"], duels)]
+    duels = [[title, *(str(won) for mode in MODES for won in wins(result[mode]["rl_less_control"], m))]
+             for m, title in MEASURES.items()]
+    blocks += [f"GRPO against more SFT: in how many of the {len(seeds)} seeds one is better, with an interval clear of 0.",
+               metrics.markdown(["", *(f"{mode}: {side}" for mode in MODES for side in ("GRPO", "more SFT"))], duels)]
     kept = [[text, *(f"{sum(holds(result[mode], m, rule, s) for s in seeds)} of {len(seeds)}" for mode in MODES)]
             for text, (m, rule) in CHECKS.items()]
-    return "\n\n".join([*blocks, "Asked of GRPO against SFT, seeds in which it holds:", metrics.markdown(["", *MODES], kept)])
+    blocks += ["GRPO against SFT, what is asked of it: seeds in which it holds.", metrics.markdown(["", *MODES], kept)]
+    return "\n\n".join(blocks)
+
+
+def wins(differences: dict[str, dict], measure: str) -> tuple[int, int]:
+    """Of differences of GRPO to the control, by seed: how often GRPO is better, how often the control is."""
+    found = [e[measure] for e in differences.values() if e[measure]["n"]]
+    up, down = sum(e["low"] > 0 for e in found), sum(e["high"] < 0 for e in found)
+    return (down, up) if measure in LOWER_IS_BETTER else (up, down)
 
 
 def holds(result: dict, measure: str, rule, seed: int) -> bool:

@@ -96,6 +96,11 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     return [int(orders[p // n][p % n]) for p in places]
 
 
+def seed_for(*numbers: int) -> int:
+    """One seed from several numbers >= 0, such as (run's seed, step, group)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def open_image(path: str | Path) -> Image.Image:
     """An RGB picture, whole; an error names the file."""
     try:

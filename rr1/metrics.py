@@ -17,7 +17,7 @@ import numpy as np
 
 from degrade import DEGRADATIONS, Degradation
 from rr1.chain import is_well_formed, parse
-from rr1.rewards import _plain as plain_text
+from rr1.rewards import plain as plain_text
 from rr1.rewards import choice_index, r_deg, r_len
 
 FORMS, LEVELS = ("choice", "open", "caption"), ("low", "mid", "high")

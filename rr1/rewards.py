@@ -140,21 +140,21 @@ def accuracy(response: Response, record: dict) -> float:
         right = choice_index(truth, choices)
         if right is not None:
             return float(choice_index(answer, choices) == right)
-    return float(_plain(answer) == _plain(truth))
+    return float(plain(answer) == plain(truth))
 
 
 def choice_index(answer: str | int, choices: Sequence[str]) -> int | None:
     """Which choice is meant by an index, a letter, a text or label and text; None if none is."""
     indices, letters = [str(i) for i in range(len(choices))], ascii_lowercase[: len(choices)]
-    texts = [_plain(choice) for choice in choices]
+    texts = [plain(choice) for choice in choices]
     labelled = [[f"{label} {text}" for label, text in zip(labels, texts)] for labels in (indices, letters)]
     for forms in (indices, list(letters), texts, *labelled):
-        if _plain(answer) in forms:
-            return forms.index(_plain(answer))
+        if plain(answer) in forms:
+            return forms.index(plain(answer))
     return None
 
 
-def _plain(text: str | int) -> str:
+def plain(text: str | int) -> str:
     return " ".join("".join(" " if mark in ".,:;!?()" else mark for mark in str(text).casefold()).split())
 
 

@@ -261,7 +261,7 @@ def test_gradient_checkpointing_computes_again_and_ends_at_the_same_place(lab, n
     base, calls, checkpoint = lab.run(script), [], transformers.modeling_utils.checkpoint
     monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *args, **options: calls.append(1) or checkpoint(*args, **options))
     run = lab.run(script, "--gradient-checkpointing")
-    assert len(calls) >= 2 * 2, "two layers in each of two steps"
+    assert len(calls) == 2 * 2, "two layers in each of two steps; the frozen tower keeps nothing to compute again"
     assert lab.apart(run, base) < 1e-4
 
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m rr1.tiny.pretrain          # about an hour on two cores; writes runs/tiny-base/model
 
-1. vision   the vision tower alone learns to say what is drawn in each quarter and how the picture is damaged. Without this the
-            language model stays on text statistics for a long time; with it grounding starts at once.
+1. vision   the vision tower alone learns to say what is drawn at each visual token and how the picture is damaged. Without this
+            the language model stays on text statistics for a long time; with it grounding starts at once.
 2. whole    everything learns captions, open and choice questions on clean and damaged pictures. One picture carries many
             questions: they branch off one image prefix (`rr1.vlm.group_logps`), so the picture is read once. The read-outs of
             phase 1 stay on as a small extra loss, so that the features that fine-tuning will find frozen still tell the damage.
@@ -22,13 +22,16 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from degrade import DEGRADATIONS, degrade, sample_degradations
-from rr1 import runtime
+from rr1 import data, runtime, vlm
 from rr1.chain import build_question
+from rr1.rollout import sample_group
 from rr1.runtime import opt
 from rr1.tiny import world
 from rr1.tiny.model import build_model, build_processor
@@ -52,19 +55,22 @@ class Batches(IterableDataset):
     def pictures(self, rng: np.random.Generator) -> dict:
         """Pictures with what is drawn, how they are damaged and, in the last phase, branches of (tokens, where the answer starts)."""
         images, branches = [], []
-        cells = np.zeros((self.batch, 4, 2), np.int64)           # shape and colour in each quarter, 0 = nothing there
+        cells = np.zeros((self.batch, 4, 4, 2), np.int64)        # shape and colour at each visual token, 0 = nothing there
+        middles = np.stack(np.meshgrid(*2 * [14 + 28 * np.arange(4)]), -1)       # (4, 4, 2): x, y of the tokens' middles
         grounds = np.zeros(self.batch, np.int64)
         damage = np.zeros((self.batch, 2, len(TYPES)), np.float32)    # present?, intensity
         for b in range(self.batch):
             scene = world.sample_scene(rng)
-            image = world.draw(scene, rng)
+            spots = world.arrange(scene, rng)
+            image = world.draw(scene, rng, spots=spots)
             if rng.random() < 0.75:
                 applied = sample_degradations(rng, low=1, high=2)
                 image = degrade(image, applied, seed=int(rng.integers(2**31)))
                 for d in applied:
                     damage[b, :, TYPES.index(d.type)] = 1, d.intensity
-            for thing in scene.things:
-                cells[b, world.PLACES.index(thing.place)] = (1 + world.SHAPES.index(thing.shape), 1 + list(world.COLORS).index(thing.color))
+            for thing, (center, radius) in zip(scene.things, spots):
+                covered = np.hypot(*(middles - center).transpose(2, 0, 1)) < radius + 6
+                cells[b, covered] = 1 + world.SHAPES.index(thing.shape), 1 + list(world.COLORS).index(thing.color)
             grounds[b] = world.GROUNDS.index(scene.ground)
             images.append(image)
             if self.phase == "whole":
@@ -89,7 +95,7 @@ class Batches(IterableDataset):
 
 
 class Heads(nn.Module):
-    """Linear read-outs of the merged features: each quarter's shape and colour, the ground, the damage."""
+    """Linear read-outs of the merged features: the shape and colour at each token, the ground, the damage."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -98,13 +104,12 @@ class Heads(nn.Module):
 
     def forward(self, features: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """features (B, 16, H) -> loss, shares read right."""
-        quarters = features.unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2)          # (B, 4, H): 2 x 2 tokens each
         whole = features.mean(1)
-        shape, color, ground = self.shape(quarters), self.color(quarters), self.ground(whole)
+        shape, color, ground = self.shape(features), self.color(features), self.ground(whole)
         present, intensity = self.present(whole), self.intensity(whole)
-        true_shape, true_color = batch["cells"].unbind(-1)
+        true_shape, true_color = batch["cells"].flatten(1, 2).unbind(-1)                    # (B, 16) each
         is_there, s = batch["damage"].unbind(1)
-        loss = (F.cross_entropy(shape.flatten(0, 1), true_shape.flatten()) + F.cross_entropy(color.flatten(0, 1), true_color.flatten())
+        loss = (2 * F.cross_entropy(shape.flatten(0, 1), true_shape.flatten()) + 2 * F.cross_entropy(color.flatten(0, 1), true_color.flatten())
                 + 0.5 * F.cross_entropy(ground, batch["grounds"]) + 4 * F.binary_cross_entropy_with_logits(present, is_there)
                 + 2 * ((intensity - s).abs() * is_there).sum() / is_there.sum().clamp(min=1))
         filled = true_shape > 0
@@ -128,6 +133,44 @@ def language_loss(model, batch: dict, features: list[torch.Tensor], prefix: Prom
     exact = ((logps.exp() > 0.5) | (answer == 0)).all(1).float().view(len(features), -1).mean(0)    # each token likelier than the rest
     kinds = {"caption": exact[0], "open": exact[1:5].mean(), "choice": exact[5:].mean()}
     return losses.mean(), {k: v.item() for k, v in kinds.items()}
+
+
+@torch.no_grad()
+def same_size(model, heads: Heads, batch: dict, size: float = 0.3) -> None:
+    """Scale the features, by the merger's last layer, and the embeddings to a root mean square of `size`; the read-outs of the
+    features stay what they were."""
+    features = torch.cat(encode_images(model, batch["pixel_values"], batch["grid"]))
+    factor = size / features.square().mean().sqrt()
+    last = model.model.visual.merger.mlp[-1]
+    last.weight.mul_(factor), last.bias.mul_(factor)
+    for head in heads.children():
+        head.weight.div_(factor)
+    embeddings = model.get_input_embeddings().weight
+    embeddings.mul_(size / embeddings.square().mean().sqrt())
+
+
+def examine(model, processor, n: int = 512, seed: int = 10**6) -> dict[str, float]:
+    """Share of right answers, greedy, on n held-out scenes: a caption, an open and a choice question on each, clean and damaged
+    by one or two degradations."""
+    rng = np.random.default_rng(seed)
+    right: dict[str, list[bool]] = {}
+    for _ in tqdm(range(0, n, 64), desc="examining"):
+        texts, pictures, keys, answers = [], [], [], []
+        for scene in (world.sample_scene(rng) for _ in range(64)):
+            clean = world.draw(scene, rng)
+            damaged = degrade(clean, sample_degradations(rng, low=1, high=2), seed=int(rng.integers(2**31)))
+            *asked, describe = world.questions(scene)
+            one, other = (asked[i] for i in rng.integers(len(asked), size=2))
+            turns = {"caption": (describe.text, describe.answer), "open": (one.text, one.answer),
+                     "choice": (build_question(other.text, world.choices(other, rng)), other.answer)}
+            for look, picture in (("clean", clean), ("damaged", damaged)):
+                for form, (text, answer) in turns.items():
+                    texts.append(text), pictures.append(Image.fromarray(picture)), keys.append(f"{form}, {look}"), answers.append(answer)
+        prompts = data.encode(model, data.collate(texts, pictures, processor))
+        groups = sample_group(model, prompts, 1, [0] * len(texts), end_id=processor.end_id, max_new_tokens=40, temperature=0)
+        for key, [response], answer in zip(keys, groups, answers):
+            right.setdefault(key, []).append(processor.decode(response.ids) == answer)
+    return {key: sum(found) / len(found) for key, found in right.items()}
 
 
 def plot(log: list[dict], path: Path) -> None:
@@ -154,15 +197,20 @@ def plot(log: list[dict], path: Path) -> None:
 class Config:
     out: str = opt("runs/tiny-base", "the run's folder; the checkpoint is its subfolder model/")
     vision_steps: int = opt(2100, "steps of the vision phase")
-    steps: int = opt(1700, "steps of the whole phase")
+    steps: int = opt(1000, "steps of the whole phase")
     batch: int = opt(32, "pictures a step, over all processes; the vision phase takes twice as many")
     lr: float = opt(1.5e-3, "peak learning rate")
     seed: int = opt(0, "fixes the weights' start and the data")
+    examine: str = opt("", "train nothing: examine this checkpoint on 512 held-out scenes")
 
 
 def main(argv: list[str] | None = None) -> None:
     a = runtime.parse_config(Config, argv, __doc__)
     rt = runtime.setup()
+    if a.examine:
+        model, processor = vlm.load(a.examine)
+        print("\n".join(f"{key:18s}{share:.3f}" for key, share in examine(model.eval(), processor).items()))
+        return
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(a.seed)
@@ -171,7 +219,6 @@ def main(argv: list[str] | None = None) -> None:
     heads = Heads(model.config.text_config.hidden_size)
     both = nn.ModuleDict({"model": model, "heads": heads})
     visual = list(model.model.visual.parameters())
-    language = [p for name, p in model.named_parameters() if ".visual." not in name]
     ids = processor.prompt_ids("", [16])
     ids = ids[:ids.index(processor.image_token_id) + 17]          # header, 16 image tokens, <|vision_end|>
     log, began = [], time.perf_counter()
@@ -185,27 +232,28 @@ def main(argv: list[str] | None = None) -> None:
             if phase == "whole":
                 prefix = make_prompt(model, ids, batch["grid"][:1], features[:1])
                 answers, kinds = language_loss(model, batch, features, prefix)
-                loss, read = answers + 0.1 * loss, read | kinds
+                loss, read = answers + 0.2 * loss, read | kinds
             return loss, read
 
-    def train(number: int, phase: str, steps: int, batch: int, groups: list[dict]) -> None:
+    def train(number: int, phase: str, steps: int, batch: int, *optimizers: torch.optim.Optimizer) -> None:
         done = out / f"{number}-{phase}.safetensors"
         if done.exists():
             load_model(both, done)
             return
         seed = [a.seed, number, rt.rank]
         loader = iter(DataLoader(Batches(processor, phase, batch // rt.world_size, seed), batch_size=None, num_workers=1, prefetch_factor=4))
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
-        parameters = [p for group in groups for p in group["params"]]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: runtime.cosine_with_warmup(step, steps, 100, floor=0.02))
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: runtime.cosine_with_warmup(step, steps, 50, floor=0.02))
+                     for optimizer in optimizers]
         sums: dict[str, float] = {}
         for step in range(1, steps + 1):
             loss, read = losses(phase, next(loader))
-            optimizer.zero_grad(set_to_none=True)
+            both.zero_grad(set_to_none=True)
             (loss / rt.world_size).backward()
             runtime.sum_gradients(parameters, rt)
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step(), schedule.step()
+            for each in (*optimizers, *schedules):
+                each.step()
             for name, value in {"loss": loss.item(), **read}.items():
                 sums[name] = sums.get(name, 0) + value
             if rt.is_main and step % 50 == 0:
@@ -222,9 +270,16 @@ def main(argv: list[str] | None = None) -> None:
             os.replace(str(done) + ".tmp", done)
         runtime.barrier(rt)
 
+    # Muon for the language model's matrices (it learns to look up a thing by its shape or colour in half the steps that AdamW
+    # takes), AdamW for the rest. Features and embeddings start at a like size, so that layers can change both.
     seeing = [*visual, *heads.parameters()]
-    train(1, "vision", a.vision_steps, 2 * a.batch, [{"params": seeing, "lr": a.lr}])
-    train(2, "whole", a.steps, a.batch, [{"params": language, "lr": a.lr}, {"params": seeing, "lr": a.lr / 4}])
+    adamw = lambda lr, parameters: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    train(1, "vision", a.vision_steps, 2 * a.batch, adamw(a.lr, seeing))
+    if not (out / "2-whole.safetensors").exists():
+        same_size(model, heads, next(iter(Batches(processor, "vision", 64, [a.seed, 3]))))
+    matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in model.model.language_model.parameters() if not any(p is m for m in matrices)]
+    train(2, "whole", a.steps, a.batch, torch.optim.Muon(matrices, lr=0.02, weight_decay=0.02), adamw(2 * a.lr, rest), adamw(a.lr / 4, seeing))
     if rt.is_main:
         model.half().save_pretrained(out / "model")
         processor.save_pretrained(out / "model")

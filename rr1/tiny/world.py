@@ -96,21 +96,29 @@ def _outline(shape: str) -> np.ndarray:
     return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], 1)
 
 
-def draw(scene: Scene, rng: np.random.Generator, side: int = SIDE) -> np.ndarray:
+def arrange(scene: Scene, rng: np.random.Generator, side: int = SIDE) -> list[tuple[np.ndarray, float]]:
+    """Where each thing stands: its centre (x, y) and radius in pixels, anywhere within its quarter."""
+    spots = []
+    for thing in scene.things:
+        row, column = divmod(PLACES.index(thing.place), 2)
+        radius = side * rng.uniform(0.15, 0.2)
+        room = side / 4 - radius
+        spots.append((side / 4 + np.array([column, row]) * side / 2 + rng.uniform(-room, room, 2), radius))
+    return spots
+
+
+def draw(scene: Scene, rng: np.random.Generator, side: int = SIDE, spots: list | None = None) -> np.ndarray:
     """The picture of a scene: uint8 RGB (side, side, 3). Size, tilt and position of each shape vary within its quarter."""
+    spots = spots or arrange(scene, rng, side)
     big = 2 * side                                               # drawn at twice the size, then halved: smooth edges
     image = _ground(scene.ground, side, rng)
     image = cv2.resize(np.clip(image, 0, 255).astype(np.uint8), (big, big), interpolation=cv2.INTER_LINEAR)
-    for thing in scene.things:
-        column, row = PLACES.index(thing.place) % 2, PLACES.index(thing.place) // 2
-        radius = big * rng.uniform(0.15, 0.2)
-        room = big / 4 - radius
-        center = np.array([big / 4 + column * big / 2, big / 4 + row * big / 2]) + rng.uniform(-room, room, 2)
+    for thing, (center, radius) in zip(scene.things, spots):
         tilt = rng.uniform(-0.3, 0.3)
         turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
-        contours = [np.round(_outline(thing.shape) @ turn * radius + center).astype(np.int32)]
+        contours = [np.round((_outline(thing.shape) @ turn * radius + center) * 2).astype(np.int32)]
         if thing.shape == "ring":
-            contours.append(np.round(_outline("circle") * 0.52 * radius + center).astype(np.int32))
+            contours.append(np.round((_outline("circle") * 0.52 * radius + center) * 2).astype(np.int32))
         shade = rng.uniform(0.88, 1.0)
         cv2.fillPoly(image, contours, tuple(int(c * shade) for c in COLORS[thing.color]))
         cv2.polylines(image, contours, True, (24, 24, 24), max(1, big // 100), cv2.LINE_AA)

@@ -1,0 +1,469 @@
+"""Eq. 13: what degrade.py promises, on photos (scikit-image's) and on a drawn picture."""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import degrade as module
+from degrade import ALIASES, DEGRADATIONS, STAGES, Degradation, canonical, degrade, sample_degradations
+
+ROOT = Path(__file__).resolve().parent.parent
+DETERMINISTIC = {"lens blur", "saturation", "compression", "color diffusion", "sharpness change"}
+AT_THE_PIXEL = {"noise", "compression"}  # exempt from scaling with the short side: they live at the pixel
+SEEDS = range(8)
+
+every_op = pytest.mark.parametrize("name", DEGRADATIONS)
+
+
+def drawn_picture() -> np.ndarray:
+    """(112, 112, 3): two shapes on a textured ground."""
+    rng = np.random.default_rng(0)
+    ground = cv2.resize(rng.normal(0, 12, (14, 14)).astype(np.float32), (112, 112), interpolation=cv2.INTER_CUBIC)
+    image = np.clip(ground[..., None] + [150, 130, 105], 0, 255).astype(np.uint8)
+    cv2.circle(image, (40, 44), 22, (200, 40, 50), -1, cv2.LINE_AA)
+    cv2.rectangle(image, (62, 58), (98, 96), (40, 80, 190), -1)
+    return image
+
+
+def mae(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+@pytest.fixture(scope="module")
+def photos() -> dict[str, np.ndarray]:
+    data = pytest.importorskip("skimage.data")
+    return {"astronaut": data.astronaut(), "coffee": data.coffee()}
+
+
+def small(photo: np.ndarray, width: int = 144) -> np.ndarray:
+    return cv2.resize(photo, (width, round(len(photo) * width / photo.shape[1])), interpolation=cv2.INTER_AREA)
+
+
+@pytest.fixture(scope="module", params=["astronaut", "coffee", "drawn"])
+def picture(request) -> np.ndarray:
+    return drawn_picture() if request.param == "drawn" else small(request.getfixturevalue("photos")[request.param])
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_sixteen_ops_in_the_papers_four_stages():
+    assert list(STAGES) == ["acquisition", "transmission", "environment", "postprocessing"]
+    assert [name for names in STAGES.values() for name in names] == list(DEGRADATIONS)
+    assert len(DEGRADATIONS) == 16 and [len(names) for names in STAGES.values()] == [5, 4, 4, 3]
+    for op in DEGRADATIONS.values():
+        assert "s:" in op.__doc__, f"the docstring of {op.__name__} does not say what s means"
+
+
+@pytest.mark.parametrize(
+    "alias, name",
+    [
+        *ALIASES.items(),
+        ("Lens Blur", "lens blur"),
+        ("  SCAN_LINES ", "scan lines"),
+        ("JPEG-Compression", "compression"),
+        ("Atmospheric Turbulence", "atmospheric turbulence"),
+    ],
+)
+def test_canonical_knows_aliases_in_any_writing(alias, name):
+    assert canonical(alias) == name and name in DEGRADATIONS
+
+
+@pytest.mark.parametrize("typo, near", [("lens bluur", "lens blur"), ("nois", "noise"), ("jpeg compresion", "compression")])
+def test_an_unknown_name_gets_the_nearest_known_one(typo, near):
+    with pytest.raises(ValueError, match=f"{typo}.*{near}"):
+        canonical(typo)
+
+
+def test_a_very_long_unknown_name_is_refused_quickly_and_briefly():
+    with pytest.raises(ValueError) as error:
+        canonical("x" * 100_000)
+    assert len(str(error.value)) < 1000
+
+
+# ---------------------------------------------------------------- what s does
+
+
+@every_op
+def test_s_zero_is_the_identity(name, picture):
+    for seed in (0, 1):
+        out = degrade(picture, [(name, 0)], seed)
+        assert np.array_equal(out, picture) and not np.shares_memory(out, picture)
+    assert np.array_equal(DEGRADATIONS[name](picture, 0.0, np.random.default_rng(0)), picture)
+
+
+@every_op
+def test_damage_grows_strictly_is_visible_at_a_tenth_and_plain_at_one(name, picture):
+    before = picture.copy()
+    grid = [k / 20 for k in range(21)]
+    curve = [np.mean([mae(degrade(picture, [(name, s)], seed), picture) for seed in SEEDS]) for s in grid]
+    assert curve[0] == 0
+    falls = [s for s, low, high in zip(grid[1:], curve, curve[1:]) if high <= low]
+    assert not falls, f"{name} does not grow at s = {falls}: {np.round(curve, 3)}"
+    assert curve[2] >= 0.5, f"{name} at s = 0.1 is invisible: {curve[2]:.2f} grey levels"
+    assert curve[20] >= 3 and curve[20] >= 2 * curve[2], f"{name} at s = 1 is not plain: {curve[20]:.2f}"
+    assert np.array_equal(picture, before), f"{name} wrote into its input"
+
+
+def test_the_scene_can_still_be_recognised_at_one_in_a_third_of_the_ops(photos):
+    """The proxy: the coarse luma, 16 x 16, correlates with the clean one, and so do its edges, 64 x 64."""
+
+    def luma(image: np.ndarray, side: int) -> np.ndarray:
+        return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA).astype(float)
+
+    def edges(image: np.ndarray) -> np.ndarray:
+        return np.hypot(*np.gradient(luma(image, 64)))
+
+    for photo in photos.values():
+        clean = small(photo, 256)
+        recognised = []
+        for name in DEGRADATIONS:
+            out = degrade(clean, [(name, 1)], 0)
+            coarse = np.corrcoef(luma(out, 16).ravel(), luma(clean, 16).ravel())[0, 1]
+            fine = np.corrcoef(edges(out).ravel(), edges(clean).ravel())[0, 1]
+            if coarse > 0.9 and fine > 0.6:
+                recognised.append(name)
+        assert len(recognised) >= 6, recognised
+
+
+@pytest.mark.parametrize("name", [name for name in DEGRADATIONS if name not in AT_THE_PIXEL])
+def test_damage_looks_the_same_at_every_width(name, photos):
+    """SSIM at s = .45 over the widths 160 .. 1280 differs by at most .2; noise and compression are exempt by name."""
+    ssim = pytest.importorskip("skimage.metrics").structural_similarity
+    for photo in photos.values():
+        large = cv2.resize(photo, (1280, round(len(photo) * 1280 / photo.shape[1])), interpolation=cv2.INTER_CUBIC)
+        scores = []
+        for width in (160, 320, 640, 1280):
+            clean = large if width == 1280 else small(large, width)
+            grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (clean, degrade(clean, [(name, 0.45)], 1))]
+            scores.append(ssim(*grey))
+        assert max(scores) - min(scores) <= 0.2, f"{name}: SSIM {np.round(scores, 3)} at widths 160, 320, 640, 1280"
+
+
+def test_noise_has_the_deviation_that_it_says():
+    grey = np.full((200, 200, 3), 128, np.uint8)
+    out = degrade(grey, [("noise", 0.5)], 0).astype(float)
+    assert abs(out.std() - 30) < 0.7 and abs(out.mean() - 128) < 0.5
+    channels = out.reshape(-1, 3).T
+    assert np.abs(np.corrcoef(channels) - np.eye(3)).max() < 0.02
+
+
+def test_saturation_at_one_is_grey_and_color_diffusion_keeps_the_luma(picture):
+    grey = degrade(picture, [("saturation", 1)], 0)
+    assert (grey == grey[..., :1]).all()
+    y = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (picture, degrade(picture, [("color diffusion", 0.5)], 0))]
+    assert mae(*y) < 3  # what is left comes from colours that leave the cube
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def fingerprint(seed: int = 5) -> str:
+    image = drawn_picture()
+    outs = [degrade(image, [(name, 0.7)], seed) for name in DEGRADATIONS]
+    outs.append(degrade(image, [("graffiti", 0.5), ("noise", 0.3), ("lens flare", 0.8)], seed))
+    return hashlib.sha256(b"".join(out.tobytes() for out in outs)).hexdigest()
+
+
+def test_the_seed_alone_decides_in_any_thread():
+    expected = fingerprint()
+    np.random.seed(1)
+    random.seed(2)
+    cv2.setRNGSeed(3)
+    assert fingerprint() == expected
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(lambda _: fingerprint(), range(3))) == {expected}
+
+
+def test_the_seed_alone_decides_in_any_process():
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import numpy, cv2; numpy.random.seed(9); cv2.setRNGSeed(4)\n"
+    code += "import test_degrade; print(test_degrade.fingerprint())"
+    paths = [str(ROOT), str(ROOT / "tests")]
+    out = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, cwd="/")
+    assert out.stdout.strip() == fingerprint()
+
+
+def test_no_global_random_state_is_touched():
+    def states():
+        return repr(np.random.get_state()), repr(random.getstate())
+
+    before = states()
+    cv2.setRNGSeed(11)
+    expected = cv2.randu(np.zeros(4, np.int32), 0, 1000).tolist()
+    cv2.setRNGSeed(11)
+    fingerprint()
+    assert states() == before
+    assert cv2.randu(np.zeros(4, np.int32), 0, 1000).tolist() == expected
+
+
+@every_op
+def test_another_seed_changes_every_random_op(name, picture):
+    a, b = (degrade(picture, [(name, 0.5)], seed) for seed in (0, 1))
+    assert np.array_equal(a, b) == (name in DETERMINISTIC)
+
+
+def test_ops_are_applied_in_stage_order_whatever_the_lists_order():
+    image, pairs = drawn_picture(), [("graffiti", 0.4), ("noise", 0.5), ("compression", 0.6), ("lens blur", 0.7)]
+    by_hand = image
+    for name, s in reversed(pairs):  # acquisition, transmission, environment, postprocessing
+        by_hand = degrade(by_hand, [(name, s)], 3)
+    assert np.array_equal(degrade(image, pairs, 3), by_hand)
+    assert np.array_equal(degrade(image, pairs[::-1], 3), by_hand)
+    assert not np.array_equal(degrade(degrade(image, [pairs[1]], 3), [pairs[3]], 3), degrade(image, pairs[1::2], 3))
+
+
+def test_adding_an_op_does_not_reshuffle_another():
+    image = drawn_picture()
+    strokes = np.any(degrade(image, [("graffiti", 0.6)], 7) != image, axis=-1)
+    darker = degrade(image, [("scan lines", 0.5)], 7)
+    both = degrade(image, [("scan lines", 0.5), ("graffiti", 0.6)], 7)
+    assert np.array_equal(np.any(both != darker, axis=-1), strokes)
+
+
+def test_the_same_type_twice_draws_twice():
+    flat = np.full((64, 64, 3), 128, np.uint8)
+    once = degrade(flat, [("noise", 0.3)], 0).astype(float)
+    twice = degrade(flat, [("noise", 0.3)] * 2, 0).astype(float)
+    assert twice.std() == pytest.approx(once.std() * 2**0.5, rel=0.05)  # the same noise again would double it
+
+
+def test_sample_degradations():
+    rng = np.random.default_rng(0)
+    draws = [sample_degradations(rng) for _ in range(3000)]
+    order = list(DEGRADATIONS)
+    for drawn in draws:
+        positions = [order.index(d.type) for d in drawn]
+        assert positions == sorted(set(positions)) and 1 <= len(drawn) <= 3
+        assert all(isinstance(d, Degradation) and 0 <= d.intensity <= 1 for d in drawn)
+        assert all(d.intensity == round(d.intensity, 2) for d in drawn)
+    lengths = np.bincount([len(drawn) for drawn in draws])[1:] / len(draws)
+    assert np.abs(lengths - 1 / 3).max() < 0.03
+    single = [d.type for drawn in draws if len(drawn) == 1 for d in drawn]
+    for names in STAGES.values():  # every stage alike, however many types it has
+        assert abs(sum(name in names for name in single) / len(single) - 0.25) < 0.05
+    intensities = [d.intensity for drawn in draws for d in drawn]
+    assert abs(np.mean(intensities) - 0.5) < 0.02 and abs(np.std(intensities) - 12**-0.5) < 0.02
+    assert len(sample_degradations(rng, 16, 16)) == 16 and sample_degradations(rng, 0, 0) == []
+    again = np.random.default_rng(0)
+    assert draws[:5] == [sample_degradations(again) for _ in range(5)]
+    for low, high in ((3, 1), (-1, 2), (1, 17)):
+        with pytest.raises(ValueError, match="low"):
+            sample_degradations(rng, low, high)
+
+
+# ---------------------------------------------------------------- sizes and errors
+
+
+@every_op
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (17, 31), (9, 400)])
+def test_any_small_size(name, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    for seed in range(3):
+        for s in (0.01, 0.5, 1):
+            out = degrade(image, [(name, s)], seed)
+            assert out.shape == image.shape and out.dtype == np.uint8 and not np.shares_memory(out, image)
+
+
+@every_op
+def test_twelve_megapixels(name):
+    image = cv2.resize(drawn_picture(), (4000, 3000), interpolation=cv2.INTER_NEAREST)
+    out = degrade(image, [(name, 0.9)], 0)
+    assert out.shape == image.shape and out.dtype == np.uint8 and not np.array_equal(out, image)
+
+
+def test_an_array_that_is_a_view_is_fine():
+    image = drawn_picture()
+    for view in (image[::-1, ::2], image[..., ::-1], image.transpose(1, 0, 2)):
+        view.flags.writeable = False
+        for name in DEGRADATIONS:
+            assert np.array_equal(degrade(view, [(name, 0.4)], 0), degrade(view.copy(), [(name, 0.4)], 0)), name
+
+
+@pytest.mark.parametrize(
+    "image, came",
+    [
+        (np.zeros((8, 8, 3), np.float32), r"float32.*\(8, 8, 3\)"),
+        (np.zeros((8, 8), np.uint8), r"uint8.*\(8, 8\)"),
+        (np.zeros((8, 8, 1), np.uint8), r"\(8, 8, 1\)"),
+        (np.zeros((8, 8, 4), np.uint8), r"\(8, 8, 4\)"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"\(2, 8, 8, 3\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"\(3, 8, 8\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"\(0, 8, 3\)"),
+        (np.zeros((8, 8, 3), np.uint16), "uint16"),
+        ([[[0, 0, 0]]], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_another_kind_of_image_is_refused(image, came):
+    for call in (lambda: degrade(image, [("noise", 0.5)], 0), lambda: DEGRADATIONS["noise"](image, 0.5, None)):
+        with pytest.raises(ValueError, match=came) as error:
+            call()
+        assert "expected" in str(error.value) and "uint8 RGB" in str(error.value)
+
+
+@pytest.mark.parametrize("s", [-0.01, 1.01, float("nan"), float("inf"), None, "0.5", [0.5]])
+def test_an_intensity_outside_zero_to_one_is_refused(s):
+    with pytest.raises(ValueError, match=r"noise.*expected a number in \[0, 1\]"):
+        degrade(drawn_picture(), [("noise", s)], 0)
+
+
+@pytest.mark.parametrize("pairs", [["noise"], [("noise",)], Degradation("noise", 0.5), [("noise", 0.5, 1)], [0.5]])
+def test_what_is_not_a_list_of_pairs_is_refused(pairs):
+    with pytest.raises(ValueError, match="pairs"):
+        degrade(drawn_picture(), pairs, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, None, 0.5, "7"])
+def test_a_seed_that_is_no_natural_number_is_refused(seed):
+    with pytest.raises(ValueError, match="seed"):
+        degrade(drawn_picture(), [("noise", 0.5)], seed)
+
+
+def test_an_unknown_type_is_refused_before_any_work():
+    with pytest.raises(ValueError, match="watermrk.*watermark damage"):
+        degrade(drawn_picture(), [("noise", 0.5), ("watermrk", 0.5)], 0)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def run(*arguments, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, cwd / "degrade.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=cwd, timeout=120)
+
+
+def save(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, image[..., ::-1])[1].tobytes())
+
+
+def load(path: Path) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+@pytest.fixture
+def desk(tmp_path) -> Path:
+    """A folder with nothing of the repository but degrade.py."""
+    shutil.copy(ROOT / "degrade.py", tmp_path)
+    return tmp_path
+
+
+def test_the_file_alone_needs_numpy_and_opencv_only(desk):
+    code = "import sys, degrade; print([m for m in ('torch', 'tqdm', 'skimage', 'scipy', 'PIL', 'rr1') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=desk, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_one_photo(desk):
+    image = drawn_picture()
+    save(desk / "photo.png", image)
+    out = run("photo.png", "--type", "Lens_Blur", "0.4", "--type", "noise", ".2", "--seed", 7, "--out", "new/out.png", cwd=desk)
+    assert out.returncode == 0, out.stderr
+    assert np.array_equal(load(desk / "new/out.png"), degrade(image, [("lens blur", 0.4), ("noise", 0.2)], 7))
+    assert "lens blur(0.40), noise(0.20)" in out.stdout
+
+
+def test_a_folder_its_labels_a_broken_photo_and_going_on(desk):
+    image = drawn_picture()
+    clean = {"a.png": image, "sub/b c.png": image[::-1].copy(), "é.png": image[:, ::-1].copy(), "a.bmp": image[:50].copy()}
+    for name, content in clean.items():
+        save(desk / "in" / name, content)
+    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+    broken = {"cut.jpg": jpeg[: len(jpeg) // 2], "text.png": b"not an image", "empty.png": b""}
+    for name, content in broken.items():
+        (desk / "in" / name).write_bytes(content)
+    (desk / "in/notes.txt").write_text("no photo at all")
+
+    first = run("in", "--out", "in/out", "--seed", 3, cwd=desk)  # inside the folder: not read as its photos later
+    assert first.returncode == 1
+    for name in broken:
+        assert f"skipped {Path('in') / name}" in first.stderr
+    out = desk / "in/out"
+    labels = [json.loads(line) for line in (out / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
+    written = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    assert set(written) == {label["image"] for label in labels} | {"labels.jsonl"}
+    assert len(labels) == 3 * len(clean)
+    for label in labels:
+        pairs = [(d["type"], d["intensity"]) for d in label["degradations"]]
+        assert np.array_equal(load(out / label["image"]), degrade(clean[label["clean_image"]], pairs, label["seed"]))
+        level = {"25": 0.25, "50": 0.5, "100": 1.0}[label["image"].split("/")[0]]
+        assert {s for _, s in pairs} == {level} and 1 <= len(pairs) <= 3
+    assert len({label["seed"] for label in labels}) == len(clean)
+
+    # going on: what is there is left alone, what is missing comes back, and comes back the same
+    lost = written[labels[0]["image"]]
+    content, times = lost.read_bytes(), {path: path.stat().st_mtime_ns for path in written.values()}
+    lost.unlink()
+    text = (out / "labels.jsonl").read_bytes()
+    second = run("in", "--out", "in/out", "--seed", 3, cwd=desk)
+    assert second.returncode == 1 and lost.read_bytes() == content
+    kept = [path for path in written.values() if path not in (lost, out / "labels.jsonl")]
+    assert all(path.stat().st_mtime_ns == times[path] for path in kept)
+    assert (out / "labels.jsonl").read_bytes() == text
+
+    # a mended photo makes the run whole; another seed is refused rather than mixed in
+    for name in broken:
+        (desk / "in" / name).unlink()
+    assert run("in", "--out", "in/out", "--seed", 3, cwd=desk).returncode == 0
+    other = run("in", "--out", "in/out", "--seed", 4, cwd=desk)
+    assert other.returncode == 2 and "--seed" in other.stderr and (out / "labels.jsonl").read_bytes() == text
+
+
+def test_a_folder_with_given_types_and_levels(desk):
+    save(desk / "in/a.png", drawn_picture())
+    out = run("in", "--types", "jpeg", "Noise", "--levels", "0.23", "0.9", cwd=desk)
+    assert out.returncode == 0, out.stderr
+    lines = (desk / "in-degraded/labels.jsonl").read_text(encoding="utf-8").splitlines()
+    degradations = [[(d["type"], d["intensity"]) for d in json.loads(line)["degradations"]] for line in lines]
+    assert degradations == [[("compression", s), ("noise", s)] for s in (0.23, 0.9)]
+    assert (desk / "in-degraded/23/a.png").exists() and (desk / "in-degraded/90/a.png").exists()
+
+
+def test_gallery_and_list(desk, monkeypatch, capsys):
+    save(desk / "photo.jpg", cv2.resize(drawn_picture(), (300, 200)))
+    monkeypatch.chdir(desk)
+    assert module.main(["--gallery", "photo.jpg", "--out", "sheet.png"]) == 0
+    assert load(desk / "sheet.png").shape == (30 + 16 * 160, 200 + 5 * 240, 3)
+    capsys.readouterr()
+    assert module.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in DEGRADATIONS) and all(f"{stage}\n" in printed for stage in STAGES)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give a photo"),
+        (["none.png"], "none.png"),
+        (["photo.png", "--type", "nois", "0.5"], "nearest is 'noise'"),
+        (["photo.png", "--type", "noise", "1.5"], r"expected a number in \[0, 1\]"),
+        (["photo.png", "--type", "noise", "much"], "much"),
+        (["photo.png", "--types", "noise"], "--type NAME S"),
+        (["photo.png", "--out", "x.gif", "--type", "noise", "0.5"], "x.gif"),
+        (["broken.png"], "broken.png"),
+        (["folder"], "no photo"),
+        (["folder", "--type", "noise", "0.5"], "--types"),
+        (["folder", "--levels", "2"], r"\[0, 1\]"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_nothing_is_written(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"no")
+    save(tmp_path / "photo.png", drawn_picture())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        module.main(arguments)
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == before
