@@ -226,14 +226,14 @@ def compression(image, s, rng):
 
 @_checked
 def block_change(image, s, rng):
-    """Blocks arrive in the wrong place: pairs of blocks of 1/11 of the short side are exchanged.
-    s: the share of blocks, up to 70 %."""
+    """Blocks arrive in the wrong place: pairs of blocks of 1/10 of the short side are exchanged.
+    s: the share of blocks, up to 64 %."""
     h, w = image.shape[:2]
-    side = max(1, round(min(h, w) / 11))
+    side = max(1, round(min(h, w) / 10))
     cols = w // side
     blocks = rng.permutation(h // side * cols)
     out = image.copy()
-    for k in range(math.ceil(0.35 * s * len(blocks)) if len(blocks) > 1 else 0):
+    for k in range(math.ceil(0.32 * s * len(blocks)) if len(blocks) > 1 else 0):
         (ya, xa), (yb, xb) = (np.array(divmod(b, cols)) * side for b in blocks[2 * k : 2 * k + 2])
         out[ya : ya + side, xa : xa + side] = image[yb : yb + side, xb : xb + side]
         out[yb : yb + side, xb : xb + side] = image[ya : ya + side, xa : xa + side]
@@ -242,15 +242,15 @@ def block_change(image, s, rng):
 
 @_checked
 def shifting(image, s, rng):
-    """Lost line synchronisation: bands of rows slide sideways and wrap round. s: the share of bands that slide,
-    and how far, up to 20 % of the short side."""
+    """Lost line synchronisation: bands of rows slide sideways and wrap round. s: the share of bands that
+    slide, up to 68 %, and how far, up to 20 % of the short side."""
     h, w = image.shape[:2]
     bands = 36
     edges = np.concatenate([[0], np.sort(rng.random(bands - 1)), [1]])
     turn = rng.permutation(bands) / bands
     reach = rng.uniform(0.4, 1, bands) * rng.choice([-1, 1], bands)
     out = image.copy()
-    for k in np.flatnonzero(turn < 0.75 * s**0.85):
+    for k in np.flatnonzero(turn < 0.68 * s**0.85):
         top, bottom = round(edges[k] * h), round(edges[k + 1] * h)
         by = math.copysign(math.ceil(abs(reach[k]) * (0.12 + 0.08 * s) * min(h, w)), reach[k])
         out[top:bottom] = np.roll(image[top:bottom], int(by), axis=1)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
 # Tokens that stand for pixels or frame them. A policy that emits one breaks its own next forward pass, so none is sampled.
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -72,6 +73,7 @@ class Processor:
 def load(name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
          **image_options) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
     """The model and its processor from a folder or a hub id; weights only as safetensors."""
+    logging.disable_progress_bar()                                                  # of transformers: a line for every save and load
     try:
         processor = Processor.from_pretrained(name_or_path, **image_options)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)

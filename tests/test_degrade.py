@@ -79,7 +79,10 @@ def test_canonical_knows_aliases_in_any_writing(alias, name):
     assert canonical(alias) == name and name in DEGRADATIONS
 
 
-@pytest.mark.parametrize("typo, near", [("lens bluur", "lens blur"), ("nois", "noise"), ("jpeg compresion", "compression")])
+TYPOS = [("lens bluur", "lens blur"), ("nois", "noise"), ("jpeg compres", "compression")]
+
+
+@pytest.mark.parametrize("typo, near", TYPOS)
 def test_an_unknown_name_gets_the_nearest_known_one(typo, near):
     with pytest.raises(ValueError, match=f"{typo}.*{near}"):
         canonical(typo)
@@ -119,7 +122,8 @@ def test_the_scene_can_still_be_recognised_at_one_in_a_third_of_the_ops(photos):
     """The proxy: the coarse luma, 16 x 16, correlates with the clean one, and so do its edges, 64 x 64."""
 
     def luma(image: np.ndarray, side: int) -> np.ndarray:
-        return cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA).astype(float)
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float)
+        return cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
 
     def edges(image: np.ndarray) -> np.ndarray:
         return np.hypot(*np.gradient(luma(image, 64)))
@@ -223,11 +227,9 @@ def test_ops_are_applied_in_stage_order_whatever_the_lists_order():
 
 
 def test_adding_an_op_does_not_reshuffle_another():
-    image = drawn_picture()
-    strokes = np.any(degrade(image, [("graffiti", 0.6)], 7) != image, axis=-1)
-    darker = degrade(image, [("scan lines", 0.5)], 7)
-    both = degrade(image, [("scan lines", 0.5), ("graffiti", 0.6)], 7)
-    assert np.array_equal(np.any(both != darker, axis=-1), strokes)
+    flat = np.full((64, 64, 3), 128, np.uint8)  # shifting draws its bands, and moves nothing that can be seen
+    alone = degrade(flat, [("noise", 0.6)], 7)
+    assert np.array_equal(degrade(flat, [("shifting", 0.5), ("noise", 0.6)], 7), alone)
 
 
 def test_the_same_type_twice_draws_twice():
@@ -359,15 +361,16 @@ def desk(tmp_path) -> Path:
 
 
 def test_the_file_alone_needs_numpy_and_opencv_only(desk):
-    code = "import sys, degrade; print([m for m in ('torch', 'tqdm', 'skimage', 'scipy', 'PIL', 'rr1') if m in sys.modules])"
+    code = "import sys, degrade; print({'torch', 'tqdm', 'skimage', 'scipy', 'PIL', 'rr1'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=desk, check=True)
-    assert out.stdout.strip() == "[]"
+    assert out.stdout.strip() == "set()"
 
 
 def test_one_photo(desk):
     image = drawn_picture()
     save(desk / "photo.png", image)
-    out = run("photo.png", "--type", "Lens_Blur", "0.4", "--type", "noise", ".2", "--seed", 7, "--out", "new/out.png", cwd=desk)
+    types = ["--type", "Lens_Blur", "0.4", "--type", "noise", ".2"]
+    out = run("photo.png", *types, "--seed", 7, "--out", "new/out.png", cwd=desk)
     assert out.returncode == 0, out.stderr
     assert np.array_equal(load(desk / "new/out.png"), degrade(image, [("lens blur", 0.4), ("noise", 0.2)], 7))
     assert "lens blur(0.40), noise(0.20)" in out.stdout
@@ -375,7 +378,8 @@ def test_one_photo(desk):
 
 def test_a_folder_its_labels_a_broken_photo_and_going_on(desk):
     image = drawn_picture()
-    clean = {"a.png": image, "sub/b c.png": image[::-1].copy(), "é.png": image[:, ::-1].copy(), "a.bmp": image[:50].copy()}
+    clean = {"a.png": image, "sub/b c.png": image[::-1].copy()}
+    clean |= {"é.png": image.transpose(1, 0, 2).copy(), "a.bmp": image[:50].copy()}
     for name, content in clean.items():
         save(desk / "in" / name, content)
     jpeg = cv2.imencode(".jpg", image)[1].tobytes()
