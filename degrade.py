@@ -332,7 +332,7 @@ def sharpness_change(image, s, rng):
 @_checked
 def graffiti(image, s, rng):
     """Somebody sprays over the picture: eight looping strokes of opaque paint, one after the other. s: how much of them
-    is written; about a seventh of the area at 1."""
+    is written; together about a quarter of the area."""
     h, w = image.shape[:2]
     side = min(h, w)
     out = image.copy()
@@ -621,6 +621,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{out}: " + ", ".join(f"{name}({s:.2f})" for name, s in pairs))
     except (ValueError, OSError, cv2.error) as error:
         parser.exit(2, f"degrade.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; the same command goes on from here\n")
     return 0
 
 

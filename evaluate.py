@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from degrade import degrade, sample_degradations
-from rr1 import data, figures, metrics, rollout, runtime, tiny, vlm
+from rr1 import data, figures, metrics, rollout, run_folder, runtime, tiny, vlm
 from rr1.chain import Chain, build_prompt, build_question, is_well_formed, parse
 from rr1.rewards import choice_index
 from rr1.runtime import opt
@@ -140,7 +140,7 @@ def predict(config: Config, rt: runtime.Runtime, folder: Path, meta: dict, jobs:
     order = {job["key"]: i for i, job in enumerate(jobs)}
     if rt.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        runtime.write_text(folder / "meta.json", runtime.to_json(meta, indent=2) + "\n")
+        run_folder.write_text(folder / "meta.json", run_folder.to_json(meta, indent=2) + "\n")
         collect(folder, order)
     runtime.barrier(rt)
     done = {row["key"] for row in read_predictions(folder)}
@@ -157,7 +157,7 @@ def predict(config: Config, rt: runtime.Runtime, folder: Path, meta: dict, jobs:
         bar = tqdm(total=len(todo), desc=folder.name, unit=" answers", disable=not rt.is_main)
         with bar, open(folder / name, "ab") as file:
             for rows in respond(config, model, processor, todo, meta["plain"]):
-                file.write("".join(runtime.to_json(row) + "\n" for row in rows).encode())
+                file.write("".join(run_folder.to_json(row) + "\n" for row in rows).encode())
                 file.flush()
                 bar.update(len(rows))
     runtime.barrier(rt)
@@ -231,7 +231,7 @@ def read_predictions(folder: Path) -> list[dict]:
 def collect(folder: Path, order: dict[str, int]) -> None:
     """Bring all rows into predictions.jsonl, whole lines only, in the order of the jobs."""
     rows = sorted(read_predictions(folder), key=lambda row: order.get(row["key"], len(order)))
-    runtime.write_text(folder / "predictions.jsonl", "".join(runtime.to_json(row) + "\n" for row in rows))
+    run_folder.write_text(folder / "predictions.jsonl", "".join(run_folder.to_json(row) + "\n" for row in rows))
     for path in folder.glob("predictions.*.jsonl"):
         path.unlink()
 
@@ -245,8 +245,8 @@ def write_report(out: Path, rows: dict[str, list[dict]], seed: int) -> None:
     reports = {name: metrics.report(found, seed) for name, found in rows.items()}
     text = report_text(reports)
     print(text)
-    runtime.write_text(out / "report.txt", text + "\n")
-    runtime.write_text(out / "report.json", runtime.to_json(reports, indent=1) + "\n")
+    run_folder.write_text(out / "report.txt", text + "\n")
+    run_folder.write_text(out / "report.json", run_folder.to_json(reports, indent=1) + "\n")
     print("\nwritten:", ", ".join(str(out / name) for name in ["report.txt", "report.json", *figures.draw_all(reports, out)]))
 
 

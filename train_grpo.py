@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rr1 import data, grpo, rewards, rollout, runtime, tiny, vlm
+from rr1 import data, grpo, rewards, rollout, run_folder, runtime, tiny, vlm
 from rr1.runtime import opt
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if B % rt.world_size:
         raise SystemExit(f"--prompts {B} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")
-    run = runtime.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images), config.part)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rr1 import data, runtime, tiny, vlm
+from rr1 import data, run_folder, runtime, tiny, vlm
 from rr1.runtime import opt
 
 
@@ -31,10 +31,10 @@ class Config:
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
     out: str = opt("runs/sft", "the run's folder")
-    steps: int = opt(220, "optimizer steps")
-    batch: int = opt(64, "records a step, over all processes")
+    steps: int = opt(400, "optimizer steps")
+    batch: int = opt(32, "records a step, over all processes")
     micro_batch: int = opt(32, "records a forward and backward pass, in each process")
-    lr: float = opt(1e-3, "peak learning rate (1e-5 is usual for the 3B model)")
+    lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down to a tenth follows")
     weight_decay: float = opt(0.01, "of AdamW, on matrices only")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if config.batch < rt.world_size:
         raise SystemExit(f"--batch {config.batch} leaves some of the {rt.world_size} processes without a record: give at least {rt.world_size}")
-    run = runtime.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images), config.part)

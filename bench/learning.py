@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rr1 import metrics, runtime, tiny
+from rr1 import metrics, run_folder, runtime, tiny
 from rr1.runtime import opt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     result = compare(rows, seeds)
     result["training_seconds"] = {name: sum(seconds(out / name)) for name in trained}
     text = report(result, seeds)
-    runtime.write_text(out / "report.json", runtime.to_json(result, indent=1) + "\n")
-    runtime.write_text(out / "report.md", text + "\n")
+    run_folder.write_text(out / "report.json", run_folder.to_json(result, indent=1) + "\n")
+    run_folder.write_text(out / "report.md", text + "\n")
     print(f"\n{text}\n\nwritten: {out}/report.md, report.json")
 
 

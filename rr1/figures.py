@@ -1,4 +1,5 @@
-"""The plots of an evaluation, drawn from `metrics.report`. Each has one message; bars and bands are 95 % intervals.
+"""The plots: the curves of a run (`draw_curves`), and those of an evaluation, drawn from `metrics.report` (`draw_all`). Each of
+these has one message; bars and bands are 95 % intervals.
 
     table_1.png              are answers right, by form and total intensity?
     table_2.png              how fast does accuracy fall as the damage grows?
@@ -9,7 +10,9 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -151,3 +154,40 @@ def length(reports: Reports, all_reports: Reports) -> Figure:
     axes.legend(frameon=False, fontsize=9)
     axes.set_ylim(bottom=0)
     return figure
+
+
+def draw_curves(rows: Sequence[Mapping], panels: Sequence[str], path: Path, title: str) -> None:
+    """Plot rows of metrics over their steps: single steps light, a moving average over them. Panels as in `RunFolder`."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
+    plots = [(heading, [key for key in keys if any(fnmatchcase(key, name) for name in names.split())])
+             for heading, _, names in (panel.rpartition(": ") for panel in panels or keys)]
+    plots = [(heading or " ".join(names), names) for heading, names in plots if names]
+    columns = min(3, len(plots))
+    lines = -(-len(plots) // columns)
+    figure = Figure(figsize=(4.4 * columns, 2.8 * lines + 0.4), dpi=100, layout="constrained")
+    figure.suptitle(f"{title}, step {rows[-1]['step']}")
+    for place, (heading, names) in enumerate(plots, start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        for colour, name in enumerate(names):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+            axes.plot(steps, values, ".-", linewidth=0.6, markersize=4, alpha=0.35, color=f"C{colour}", markeredgewidth=0)
+            axes.plot(steps, smooth(smooth(values)), linewidth=1.8, color=f"C{colour}", label=name)
+        axes.set_title(heading, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Moving average over a fifteenth of the curve, over what there is of it at the ends."""
+    here, half = np.arange(len(values)), len(values) // 30
+    low, high = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[high] - total[low]) / (high - low)

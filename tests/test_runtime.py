@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rr1 import runtime
+from rr1 import figures, run_folder, runtime
 from rr1.runtime import opt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ class Processor:
 def train(config: Config, rt: runtime.Runtime) -> Net:
     """Every random state there is decides what is learnt."""
     runtime.seed_everything(config.seed + rt.rank)
-    run = runtime.RunFolder(config, rt, ["loss of the step: loss", "draw"], free={"save_every", "pause"})
+    run = run_folder.RunFolder(config, rt, ["loss of the step: loss", "draw"], free={"save_every", "pause"})
     net = Net()
     runtime.broadcast_parameters(net, rt)
     optimizer = runtime.build_optimizer(net, config.lr, weight_decay=0.1)
@@ -117,7 +117,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert {k: v.tolist() for k, v in weights(a).items()} == {k: v.tolist() for k, v in weights(b).items()}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (a / name).read_text() == (b / name).read_text()
-    a, b = runtime.checkpoints(a)[-1], runtime.checkpoints(b)[-1]
+    a, b = run_folder.checkpoints(a)[-1], run_folder.checkpoints(b)[-1]
     assert a.name == b.name
     for path in a.glob("rank-*.json"):
         assert path.read_text() == (b / path.name).read_text()
@@ -166,7 +166,7 @@ def test_the_state_comes_back(whole, tmp_path):
 
 
 def test_only_the_newest_checkpoints_stay_and_each_is_a_model_folder(whole):
-    found = runtime.checkpoints(whole)
+    found = run_folder.checkpoints(whole)
     assert [folder.name for folder in found] == ["step-000004", "step-000006"]
     assert (found[0] / "model" / "words.json").exists()
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(found[1]).items())
@@ -198,8 +198,8 @@ def test_dying_at_any_file_operation_leaves_a_resumable_folder(tmp_path, monkeyp
         out = tmp_path / str(count)
         with monkeypatch.context() as patch:
             wrap = dies_at(count)
-            patch.setattr(runtime.os, "replace", wrap(os.replace))
-            patch.setattr(runtime.shutil, "rmtree", wrap(runtime.shutil.rmtree))
+            patch.setattr(run_folder.os, "replace", wrap(os.replace))
+            patch.setattr(run_folder.shutil, "rmtree", wrap(run_folder.shutil.rmtree))
             patch.setattr(runtime, "save_file", wrap(save_file))
             try:
                 train(Config(out=str(out), steps=4, save_every=1), ALONE)
@@ -235,11 +235,11 @@ def test_resume_with_another_configuration_names_the_field_and_both_values(whole
 
 def test_resume_with_another_number_of_processes_is_refused(whole):
     with pytest.raises(SystemExit, match=r"written by 1 process\(es\), this run has 4"):
-        runtime.RunFolder(Config(out=str(whole), resume=True), runtime.Runtime(world_size=4))
+        run_folder.RunFolder(Config(out=str(whole), resume=True), runtime.Runtime(world_size=4))
 
 
 def test_resume_with_another_generator_is_an_error(whole):
-    run, net = runtime.RunFolder(Config(out=str(whole), resume=True), ALONE), Net()
+    run, net = run_folder.RunFolder(Config(out=str(whole), resume=True), ALONE), Net()
     with pytest.raises(ValueError, match="random states"):
         run.load(net, runtime.build_optimizer(net, 0.1, 0.0), {"another": random.Random()})
 
@@ -249,9 +249,9 @@ def test_generators_make_the_round_trip():
     for generator, draw in [(philox, philox.normal), (twister, twister.normal), (random, lambda: random.gauss(0, 1)),
                             (np.random, np.random.standard_normal), (torch.default_generator, lambda: torch.randn(3).tolist())]:
         draw()  # a Gaussian pair is half used up
-        state = json.loads(runtime.to_json(runtime.get_state(generator)))
+        state = json.loads(run_folder.to_json(run_folder.get_state(generator)))
         expected = [draw() for _ in range(3)]
-        runtime.set_state(generator, state)
+        run_folder.set_state(generator, state)
         assert [draw() for _ in range(3)] == expected
 
 
@@ -266,13 +266,13 @@ def test_a_real_model_comes_back_bit_for_bit(checkpoint, processor, tmp_path):
         p.grad = torch.rand_like(p) if p.requires_grad else None
     optimizer.step()
     config = Config(out=str(tmp_path / "run"))
-    runtime.RunFolder(config, ALONE).save(5, model, processor, optimizer)
+    run_folder.RunFolder(config, ALONE).save(5, model, processor, optimizer)
 
     other = Qwen.from_pretrained(checkpoint)
     other.model.visual.to(torch.bfloat16).requires_grad_(False)
     again = runtime.build_optimizer(other, 0.5, 0.1)
     config.resume = True
-    assert runtime.RunFolder(config, ALONE).load(other, again) == {"step": 5}
+    assert run_folder.RunFolder(config, ALONE).load(other, again) == {"step": 5}
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     assert other.lm_head.weight is other.model.language_model.embed_tokens.weight
@@ -282,7 +282,7 @@ def test_a_real_model_comes_back_bit_for_bit(checkpoint, processor, tmp_path):
 
 
 def test_nothing_is_pickled():
-    source = Path(runtime.__file__).read_text()
+    source = Path(run_folder.__file__).read_text()
     assert not re.search(r"torch\.(load|save)\b|import pickle|\beval\(|_object\(", source)
 
 
@@ -317,7 +317,7 @@ def test_killed_without_warning(whole, tmp_path):
     if sys.platform == "linux":
         process.stdout.read()  # ends when the worker, which holds the other end, is gone
         assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
-    assert [folder.name for folder in runtime.checkpoints(out)] == ["step-000002"]
+    assert [folder.name for folder in run_folder.checkpoints(out)] == ["step-000002"]
     train(Config(out=str(out), resume=True), ALONE)
     assert_same_run(whole, out)
 
@@ -332,7 +332,7 @@ def test_stopped_in_peace(whole, tmp_path):
     assert process.returncode == 130, said
     assert "ending this step" in said and "with --resume goes on" in said and "Traceback" not in said
     last = int(re.search(r"stopped after step (\d)", said)[1])
-    assert 3 <= last <= 4 and runtime.checkpoints(out)[-1].name == f"step-{last:06d}" and (out / "curves.png").exists()
+    assert 3 <= last <= 4 and run_folder.checkpoints(out)[-1].name == f"step-{last:06d}" and (out / "curves.png").exists()
     train(Config(out=str(out), resume=True), ALONE)
     assert_same_run(whole, out)
 
@@ -402,7 +402,7 @@ def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
     train(Config(out=parts, steps=3), rt)
     runtime.seed_everything(99)
     net = train(Config(out=parts, resume=True), rt)
-    states = [json.loads((runtime.checkpoints(out)[-1] / f"rank-{rt.rank}.json").read_text()) for out in (whole, parts)]
+    states = [json.loads((run_folder.checkpoints(out)[-1] / f"rank-{rt.rank}.json").read_text()) for out in (whole, parts)]
     assert states[0] == states[1]
     total = runtime.sum_over_ranks({"sum": net.layer.weight.double().sum()}, rt)["sum"]
     assert total == 2 * net.layer.weight.double().sum().item()
@@ -414,7 +414,7 @@ def test_two_processes(tmp_path):
     assert process.returncode == 0, said
     assert said.count("step     1") == 2  # of each run one line, not one for each rank
     assert_same_run(tmp_path / "run-whole", tmp_path / "run-parts")
-    folder = runtime.checkpoints(tmp_path / "run-whole")[-1]
+    folder = run_folder.checkpoints(tmp_path / "run-whole")[-1]
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text())["generators"] for rank in (0, 1)]
     assert len(ranks[0]) == 6 and all(ranks[0][name] != ranks[1][name] for name in ranks[0])
 
@@ -499,7 +499,7 @@ def test_help_shows_defaults_and_the_docstring_as_it_is(capsys):
 
 
 def test_log_writes_plain_json_and_one_line(tmp_path, capsys):
-    run = runtime.RunFolder(Config(out=str(tmp_path)), ALONE)
+    run = run_folder.RunFolder(Config(out=str(tmp_path)), ALONE)
     run.log(1, {"loss": torch.tensor(0.5), "norm": float("nan"), "tokens": 7})
     run.log(2, {"loss": 0.25}, "my line")
     run.log(3, {"loss": 0.125}, "")
@@ -513,7 +513,7 @@ def test_log_writes_plain_json_and_one_line(tmp_path, capsys):
 
 def test_the_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runtime, "barrier", lambda rt: None)
-    run = runtime.RunFolder(Config(out=str(tmp_path / "run")), runtime.Runtime(rank=1, world_size=2))
+    run = run_folder.RunFolder(Config(out=str(tmp_path / "run")), runtime.Runtime(rank=1, world_size=2))
     run.log(1, {"loss": 1.0})
     run.dump([{"step": 1}])
     run.draw()
@@ -528,7 +528,7 @@ def test_curves(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig",
                         lambda figure, *a, f=matplotlib.figure.Figure.savefig, **k: (drawn.append(figure), f(figure, *a, **k)))
-    run = runtime.RunFolder(Config(out=str(tmp_path)), ALONE, ["loss", "the terms: part/*", "absent"])
+    run = run_folder.RunFolder(Config(out=str(tmp_path)), ALONE, ["loss", "the terms: part/*", "absent"])
     for step in range(1, 41):
         run.log(step, {"loss": 1 / step, "part/a": float("nan") if step % 2 else step, **({"part/b": 3} if step == 7 else {})}, "")
     assert not drawn
@@ -541,21 +541,21 @@ def test_curves(tmp_path, monkeypatch):
     assert loss.lines[0].get_ydata()[0] == 1.0 and len(terms.lines[0].get_xdata()) == 20
     image = matplotlib.image.imread(tmp_path / "curves.png")
     assert image.shape[0] > 200 and image.shape[1] > 600 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
-    assert np.allclose(runtime.smooth(np.full(100, 2.0)), 2.0)
-    assert np.allclose(runtime.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
+    assert np.allclose(figures.smooth(np.full(100, 2.0)), 2.0)
+    assert np.allclose(figures.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
 
 
 def test_trackers_are_imported_only_when_asked(tmp_path, monkeypatch):
     sent = []
     fake = types.SimpleNamespace(init=lambda **options: types.SimpleNamespace(log=lambda values, step: sent.append((step, values))))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    runtime.RunFolder(Config(out=str(tmp_path / "a")), ALONE).log(1, {"loss": 2.0}, "")
+    run_folder.RunFolder(Config(out=str(tmp_path / "a")), ALONE).log(1, {"loss": 2.0}, "")
     assert not sent
-    runtime.RunFolder(Config(out=str(tmp_path / "b")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
+    run_folder.RunFolder(Config(out=str(tmp_path / "b")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
     assert sent == [(1, {"loss": 2.0})]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="pip install wandb"):
-        runtime.RunFolder(Config(out=str(tmp_path / "c")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
+        run_folder.RunFolder(Config(out=str(tmp_path / "c")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
 
 
 if __name__ == "__main__":

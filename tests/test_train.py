@@ -1,7 +1,6 @@
 """The two training scripts, a few steps of each on a small random model: what they leave, what their flags change, how they stop
 and go on, and that several processes do what one does."""
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import train_grpo
 import train_sft
-from rr1 import data, rollout, runtime, tiny, vlm
+from rr1 import data, rollout, run_folder, runtime, tiny, vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": train_sft, "grpo": train_grpo}
@@ -86,7 +85,7 @@ def lab(checkpoint, world_folder, tmp_path_factory):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(runtime, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *_: None)
 
 
 def equal(a: Run, b: Run) -> bool:
@@ -318,13 +317,13 @@ LONGER = "--steps 4 --save-every 2"
 
 KILLED_AFTER_STEP_3 = """
 import importlib, json, os, signal, sys
-from rr1 import runtime
-log = runtime.RunFolder.log
+from rr1 import run_folder
+log = run_folder.RunFolder.log
 def log_and_die(run, step, *rest):
     log(run, step, *rest)
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-runtime.RunFolder.log = log_and_die
+run_folder.RunFolder.log = log_and_die
 for name, arguments in json.loads(sys.argv[1]).items():
     script = importlib.import_module(f"train_{name}")
     child = os.fork()                  # nothing has been computed so far, and importing torch once is enough
@@ -363,7 +362,7 @@ def test_a_killed_run_goes_on_bit_for_bit(lab, killed, no_plots, script):
 
 @both
 def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(lab, no_plots, monkeypatch, capfd, script):
-    whole, run, log = lab.run(script, LONGER), Run(lab.new_folder()), runtime.RunFolder.log
+    whole, run, log = lab.run(script, LONGER), Run(lab.new_folder()), run_folder.RunFolder.log
     arguments = lab.arguments(script, LONGER, run.out)
 
     def log_and_press(self, step, *rest):
@@ -373,7 +372,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(lab, no_plots, monkeyp
 
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(runtime.RunFolder, "log", log_and_press)
+        patch.setattr(run_folder.RunFolder, "log", log_and_press)
         SCRIPTS[script].main(arguments)
     assert exit.value.code == 130 and signal.getsignal(signal.SIGINT) is handler
     assert "with --resume goes on" in capfd.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rr1 import runtime
+from rr1 import run_folder, runtime
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
     for name in calls:
         setattr(dist, name, counted(name, getattr(dist, name)))
-    finish = runtime.RunFolder.finish
+    finish = run_folder.RunFolder.finish
 
     def note_and_finish(run, model, processor):
         digest = hashlib.sha256()
@@ -35,7 +35,7 @@ def main() -> None:
         (run.out / f"rank-{run.rt.rank}-ended.json").write_text(json.dumps({"weights": digest.hexdigest(), "calls": calls}))
         finish(run, model, processor)
 
-    runtime.RunFolder.finish = note_and_finish
+    run_folder.RunFolder.finish = note_and_finish
     runtime.teardown = lambda rt: None                           # one group of processes serves all runs
     for script, arguments in json.loads(sys.argv[1]):
         calls.update(dict.fromkeys(calls, 0))

@@ -14,7 +14,7 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
-from rr1 import data, runtime, tiny, vlm
+from rr1 import data, figures, runtime, tiny, vlm
 from rr1.rollout import sample_group
 from rr1.runtime import opt
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, label in (("reward/deg", "r_deg, Eq. (6)"), ("reward/len", "r_len, Eq. (8)")):
         values = np.array([row[name] for row in rows])
         points, = curve.plot(steps, values, ".", markersize=3, alpha=0.35)
-        curve.plot(steps, runtime.smooth(values), color=points.get_color(), label=label)
+        curve.plot(steps, figures.smooth(values), color=points.get_color(), label=label)
     curve.set(xlabel="GRPO step", ylabel="mean reward of what was sampled")
     curve.spines[["top", "right"]].set_visible(False)
     curve.legend(frameon=False, fontsize=8)

@@ -196,7 +196,7 @@ def plot(log: list[dict], path: Path) -> None:
 @dataclass
 class Config:
     out: str = opt("runs/tiny-base", "the run's folder; the checkpoint is its subfolder model/")
-    vision_steps: int = opt(2100, "steps of the vision phase")
+    vision_steps: int = opt(2800, "steps of the vision phase")
     steps: int = opt(1000, "steps of the whole phase")
     batch: int = opt(32, "pictures a step, over all processes; the vision phase takes twice as many")
     lr: float = opt(1.5e-3, "peak learning rate")
