@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
                     for name, value in {"loss": loss, "entropy": (entropy * mask).sum(), **statistics}.items():
                         sums[name] = sums.get(name, 0.0) + value.item() / config.mu
                 runtime.sum_gradients(parameters, rt)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             clock.append(time.perf_counter())

@@ -31,7 +31,7 @@ class Config:
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
     out: str = opt("runs/sft", "the run's folder")
-    steps: int = opt(400, "optimizer steps")
+    steps: int = opt(300, "optimizer steps")
     batch: int = opt(32, "records a step, over all processes")
     micro_batch: int = opt(32, "records a forward and backward pass, in each process")
     lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
                 part.backward()
                 loss += part.item()
             runtime.sum_gradients(parameters, rt)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -26,7 +26,7 @@ class Processor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.image_token_id, self.end_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|im_end|>"])
         present = tokenizer.get_vocab()
-        self.banned_ids = [present[t] for t in VISION_TOKENS + ("<|im_start|>",) if t in present]
+        self.banned_ids = [present[t] for t in VISION_TOKENS + ("<|im_start|>", "<|endoftext|>") if t in present]
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **image_options) -> "Processor":

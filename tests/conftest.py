@@ -7,6 +7,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):       # before torch is
 import pytest
 import torch
 
+from rr1 import tiny, vlm
 from rr1.tiny import model as tiny_model
 from rr1.tiny import world
 
@@ -32,7 +33,8 @@ def random_model(tokenizer, seed: int = 0, hidden: int = 96, ends: float = 0.75)
 
 @pytest.fixture(scope="session")
 def processor():
-    return tiny_model.build_processor()
+    """The shipped tokenizer and image processor; test_tiny.py shows that they are what the code builds."""
+    return vlm.Processor.from_pretrained(tiny.BASE)
 
 
 @pytest.fixture(scope="session")

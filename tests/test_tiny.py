@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 
 from degrade import DEGRADATIONS, sample_degradations
-from rr1 import data
+from rr1 import data, tiny, vlm
 from rr1.chain import TAGS, build_prompt, is_well_formed, parse, render
 from rr1.rewards import choice_index
 from rr1.tiny import model as tiny_model
 from rr1.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def built():
+    return tiny_model.build_processor()
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +200,19 @@ def test_the_model_is_a_qwen_of_about_3_million_parameters(processor):
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert 2.5e6 < sum(p.numel() for p in model.parameters()) < 4e6
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("folder", [tiny.BASE, tiny.SFT], ids=["base", "sft"])
+def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
+    """The layout, the tokenizer to the last merge, the size that a repository bears."""
+    shipped, processor = vlm.load(folder)
+    model = tiny_model.build_model(built.tokenizer)
+    assert {n: p.shape for n, p in shipped.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert shipped.config.text_config.rope_parameters == model.config.text_config.rope_parameters
+    assert processor.tokenizer.backend_tokenizer.to_str() == built.tokenizer.backend_tokenizer.to_str()
+    assert processor.tokenizer.chat_template == built.tokenizer.chat_template and processor.end_id == built.end_id
+    assert processor.image_processor.size == built.image_processor.size
+    assert Path(folder, "model.safetensors").stat().st_size <= 8e6
 
 
 # ---------------------------------------------------------------- the world on disk

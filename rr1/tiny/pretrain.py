@@ -7,6 +7,7 @@
 2. whole    everything learns captions, open and choice questions on clean and damaged pictures. One picture carries many
             questions: they branch off one image prefix (`rr1.vlm.group_logps`), so the picture is read once. The read-outs of
             phase 1 stay on as a small extra loss, so that the features that fine-tuning will find frozen still tell the damage.
+            Beside it the language model reads the sentences of chains, without pictures, as any language model has read English.
 
 Each phase ends with its weights in --out; a run that is started again skips the phases that are done.
 """
@@ -76,8 +77,16 @@ class Batches(IterableDataset):
             if self.phase == "whole":
                 branches.append(self.branches(scene, rng))
         pixel_values, grid = self.processor.pixels(images)
-        return dict(pixel_values=pixel_values, grid=grid, cells=torch.from_numpy(cells), grounds=torch.from_numpy(grounds),
+        return dict(lines=[self.line(rng) for _ in range(self.batch)] if self.phase == "whole" else [], pixel_values=pixel_values, grid=grid, cells=torch.from_numpy(cells), grounds=torch.from_numpy(grounds),
                     damage=torch.from_numpy(damage), branches=branches)
+
+    def line(self, rng: np.random.Generator) -> list[int]:
+        """The sentences of a chain, without tags and without a picture: the language that fine-tuning will put in order."""
+        scene = world.sample_scene(rng)
+        asked = world.questions(scene)
+        chain = world.true_chain(scene, asked[rng.integers(len(asked))], sample_degradations(rng, low=1, high=2), None)
+        damage = ", ".join(f"{kind}({s:.2f})" for kind, s in chain.degradations)
+        return self.processor.response_ids("\n".join([damage, chain.influence, chain.reasoning, chain.conclusion]))
 
     def branches(self, scene: world.Scene, rng: np.random.Generator) -> list[tuple[list[int], int]]:
         """A caption, four open and three choice questions, each a turn that follows the picture. Choices are answered by text."""
@@ -119,6 +128,14 @@ class Heads(nn.Module):
                 "damage_f1": 2 * (found * is_there).sum() / (found.sum() + is_there.sum()).clamp(min=1),
                 "intensity_error": ((intensity - s).abs() * is_there).sum() / is_there.sum().clamp(min=1)}
         return loss, {k: v.item() for k, v in read.items()}
+
+
+def text_loss(model, lines: list[list[int]]) -> torch.Tensor:
+    """Mean token loss of text without a picture."""
+    nothing = torch.zeros(0, model.config.text_config.hidden_size)
+    prompts = [Prompt(torch.tensor(ids[:1]), torch.zeros(3, 1, dtype=torch.long), nothing) for ids in lines]
+    logps, mask, _ = group_logps(model, prompts, [[ids[1:]] for ids in lines])
+    return -(logps * mask).sum() / mask.sum()
 
 
 def language_loss(model, batch: dict, features: list[torch.Tensor], prefix: Prompt) -> tuple[torch.Tensor, dict[str, float]]:
@@ -232,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
             if phase == "whole":
                 prefix = make_prompt(model, ids, batch["grid"][:1], features[:1])
                 answers, kinds = language_loss(model, batch, features, prefix)
-                loss, read = answers + 0.2 * loss, read | kinds
+                text = text_loss(model, batch["lines"])
+                loss, read = answers + 0.3 * text + 0.2 * loss, read | kinds | {"text_loss": text.item()}
             return loss, read
 
     def train(number: int, phase: str, steps: int, batch: int, *optimizers: torch.optim.Optimizer) -> None:
