@@ -193,14 +193,14 @@ def test_dying_at_any_file_operation_leaves_a_resumable_folder(tmp_path, monkeyp
             return inner
         return wrap
 
-    monkeypatch.setattr(runtime, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *_: None)
     for count in range(1000):
         out = tmp_path / str(count)
         with monkeypatch.context() as patch:
             wrap = dies_at(count)
             patch.setattr(run_folder.os, "replace", wrap(os.replace))
             patch.setattr(run_folder.shutil, "rmtree", wrap(run_folder.shutil.rmtree))
-            patch.setattr(runtime, "save_file", wrap(save_file))
+            patch.setattr(run_folder, "save_file", wrap(save_file))
             try:
                 train(Config(out=str(out), steps=4, save_every=1), ALONE)
                 break
@@ -512,7 +512,7 @@ def test_log_writes_plain_json_and_one_line(tmp_path, capsys):
 
 
 def test_the_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "barrier", lambda rt: None)
+    monkeypatch.setattr(run_folder, "barrier", lambda rt: None)
     run = run_folder.RunFolder(Config(out=str(tmp_path / "run")), runtime.Runtime(rank=1, world_size=2))
     run.log(1, {"loss": 1.0})
     run.dump([{"step": 1}])

@@ -282,7 +282,7 @@ def test_the_real_tokenizer():
     assert tokenizer("Hello, world!")["input_ids"] == [9707, 11, 1879, 0]
     assert {len(tokenizer(tag)["input_ids"]) for tag in TAGS} <= set(range(3, 8))
     assert processor.response_ids("Hello")[-1] == processor.end_id == 151645 != tokenizer.pad_token_id
-    assert processor.image_token_id == 151655 and len(processor.banned_ids) == len(vlm.VISION_TOKENS) + 1
+    assert processor.image_token_id == 151655 and len(processor.banned_ids) == len(vlm.VISION_TOKENS) + 2
     ids = processor.prompt_ids("what is it?", [391, 4])
     assert ids.count(processor.image_token_id) == 395
     assert processor.decode(ids).endswith("assistant\n")
