@@ -1,6 +1,6 @@
 """Does reinforcement learning help, and more than the same time spent on more fine-tuning? The README's table.
 
-    python bench/learning.py                                   # 3 seeds, about an hour on 2 cores -> runs/learning/report.md
+    python bench/learning.py                                   # 3 seeds -> runs/learning/report.md
     python bench/learning.py --jobs 2 --seeds 0 1 --steps 50   # two processes at a time, each with half of the cores
     python bench/learning.py --grpo="--rewards deg --lr 1e-5"  # another setting of train_grpo.py, beside the same control
 

@@ -47,14 +47,14 @@ class Processor:
         """Tokens that the language model sees of each image: merge_size^2 patches make one."""
         return (grid_thw.prod(-1) // self.image_processor.merge_size ** 2).tolist()
 
-    def prompt_ids(self, text: str, visual_tokens: Sequence[int], start: str = "") -> list[int]:
-        """Token ids of one user turn, X_d (+) P of Eq. (1): the images first, then the text, then the assistant's header.
-        `start` is text put into the assistant's mouth."""
+    def prompt_ids(self, text: str, visual_tokens: Sequence[int]) -> list[int]:
+        """Token ids of one user turn, X_d (+) P of Eq. (1): the images first, then the text, then the assistant's
+        header."""
         content = [{"type": "image"} for _ in visual_tokens] + [{"type": "text", "text": text}]
         rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                       add_generation_prompt=True)
         counts, ids = iter(visual_tokens), []
-        tokens = self.tokenizer(rendered + start, add_special_tokens=False)["input_ids"]
+        tokens = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         if tokens.count(self.image_token_id) != len(visual_tokens):
             raise ValueError(f"{tokens.count(self.image_token_id)} image placeholders for {len(visual_tokens)} images: "
                              f"the text must not spell <|image_pad|>; got {text!r}")

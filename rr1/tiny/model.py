@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of 3.4M parameters: the real architecture and checkpoint layout, sized for two CPU cores.
+"""A Qwen2.5-VL of 3.5M parameters: the real architecture and checkpoint layout, sized for two CPU cores.
 
 The tokenizer is a byte-level BPE trained on the drawn world's text, digits apart, with Qwen's special tokens, and the
 reasoning chain's tags as ordinary text that merges to one token each. The chat template is Qwen's without a system turn.
