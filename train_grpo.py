@@ -180,10 +180,11 @@ def main(argv: list[str] | None = None) -> None:
             sums |= terms | {"reward": R.sum(), "reward_std": R.std(1, correction=0).sum() * G,
                              "zero_std": (R.std(1, correction=0) < 1e-6).sum() * G, "length": sum(y.length for y in flat),
                              "truncated": sum(y.truncated for y in flat), "sampled": sum(len(ids) for group in responses for ids in group),
-                             "well_formed": sum(rewards.REWARDS["format"](y, {}) for y in flat)}
+                             "well_formed": sum(rewards.REWARDS["format"](y, {}) for y in flat),
+                             "token_ratio": sum(vlm.token_ratio(prompts[c], responses[c]) * len(prompts[c]) for c in chunks) * G}
             totals = runtime.sum_over_ranks(sums, rt)
             per_token = {name: totals[name] / max(totals["tokens"], 1) for name in ("ratio", "clip_low", "clip_high", "entropy", "kl") if name in totals}
-            per_response = {name: totals[name] / (B * G) for name in ("reward", *terms, "reward_std", "zero_std", "length", "truncated", "well_formed")}
+            per_response = {name: totals[name] / (B * G) for name in ("reward", *terms, "reward_std", "zero_std", "length", "truncated", "well_formed", "token_ratio")}
             seconds = dict(zip(("seconds/rollout", "seconds/score", "seconds/update"), (b - a for a, b in zip(clock, clock[1:]))))
             metrics = per_response | per_token | {"loss": totals["loss"], "grad_norm": norm, "lr": rate, **seconds,
                                                   "tokens_per_second": totals["sampled"] / seconds["seconds/rollout"]}
@@ -195,14 +196,8 @@ def main(argv: list[str] | None = None) -> None:
                        "reward": total, **values, "advantage": a, "truncated": y.truncated}
                       for record, group, pairs, advantages in list(zip(chosen, written, scored, A.tolist()))[:2]
                       for y, (total, values), a in zip(group, pairs, advantages)])
-            stop = interrupt.requested
-            if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                run.save(step + 1, policy, processor, optimizer)
-            if stop:
-                run.stop(step + 1)
+            run.end_step(step + 1, interrupt.requested, policy, processor, optimizer)
     run.finish(policy, processor)
-    if rt.is_main:
-        print(f"written: {run.out}/model")
     runtime.teardown(rt)
 
 

@@ -109,14 +109,8 @@ def main(argv: list[str] | None = None) -> None:
                                         "tokens_per_second": tokens / seconds},
                     f"step {step + 1:4d}/{config.steps}  loss {totals['loss']:.4f}  grad {norm:.2f}  lr {rate:.1e}  "
                     f"{tokens / seconds:.0f} tokens/s")
-            stop = interrupt.requested
-            if stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                run.save(step + 1, model, processor, optimizer)
-            if stop:
-                run.stop(step + 1)
+            run.end_step(step + 1, interrupt.requested, model, processor, optimizer)
     run.finish(model, processor)
-    if rt.is_main:
-        print(f"written: {run.out}/model")
     runtime.teardown(rt)
 
 

@@ -1,6 +1,11 @@
 """Sample G responses to one prompt from one prefill.
 
-Shapes: B prompts, G responses each, N = B G rows, P tokens of the longest prompt, V vocabulary.
+The G responses are written into one row of the cache, behind the one prompt: [prompt, G first tokens, G second tokens, ..]. A
+mask lets each response see the prompt and itself, as in the packed row that is scored (`rr1.vlm.group_logps`), so the cache holds
+P + G L columns a group instead of G (P + L), and a decoding step reads the prompt's keys once for the whole group.
+
+Shapes: B prompts, G responses each, q of them still being written, P tokens of the longest prompt, L new tokens at most, V
+vocabulary.
 """
 from __future__ import annotations
 
@@ -9,11 +14,11 @@ from typing import Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from rr1.vlm import Prompt, embed, scale_logits
 
-SHRINK_AT = 0.75                     # rows that ended leave the batch once fewer than this share of it is still writing
+SHRINK_AT = 0.75                     # what has ended leaves the batch once the batch without it is smaller than this share
 
 
 @dataclass
@@ -24,13 +29,33 @@ class Rollout:
     truncated: bool
 
 
+class Columns(DynamicLayer):
+    """Keys and values of one layer in buffers of their final length: a step writes its columns, nothing is copied to grow."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.used = capacity, 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        """keys, values (B, heads, new columns, head size) -> all that is in use."""
+        if not self.is_initialized:
+            self.keys, self.values = (new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (keys, values))
+            self.is_initialized = True
+        start, self.used = self.used, self.used + keys.shape[2]
+        self.keys[:, :, start:self.used], self.values[:, :, start:self.used] = keys, values
+        return self.keys[:, :, :self.used], self.values[:, :, :self.used]
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+
 def _left_pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_side="left")
 
 
 def next_token_logps(logits: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = (), top_k: int = 0,
                      top_p: float = 1.0) -> torch.Tensor:
-    """(N, V) logits -> (N, V) log-probabilities to sample from. Temperature 0 is greedy: all weight on the largest logit."""
+    """(.., V) logits -> (.., V) log-probabilities to sample from. Temperature 0 is greedy: all weight on the largest logit."""
     if temperature == 0:
         top_k, temperature = 1, 1.0
     logps = scale_logits(logits, temperature, banned).log_softmax(-1)
@@ -38,7 +63,7 @@ def next_token_logps(logits: torch.Tensor, temperature: float = 1.0, banned: Seq
         ordered, index = logps.sort(dim=-1, descending=True, stable=True)
         outside = ordered.exp().cumsum(-1) - ordered.exp() >= top_p                # the mass before a token already reaches top_p
         if top_k:
-            outside[:, top_k:] = True
+            outside[..., top_k:] = True
         logps = logps.masked_fill(outside.scatter(-1, index, outside), float("-inf")).log_softmax(-1)
     return logps
 
@@ -56,47 +81,54 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
                  temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, banned: Sequence[int] = ()) -> list[list[Rollout]]:
     """G responses to each of B prompts -> B lists of G rollouts.
 
-    The prompt is prefilled once and its cache expanded to G rows. A prompt's random numbers come from its own seed, so what is
+    A prompt's random numbers come from its own seed, so what is
     sampled does not depend on which prompts share the batch, on micro-batches or on the number of GPUs. `banned` ids are
     never sampled.
     """
     B, device = len(prompts), model.device
     ids, lengths = _left_pad([p.ids for p in prompts]), torch.tensor([len(p.ids) for p in prompts], device=device)
     P = ids.shape[1]
-    attention = torch.zeros(B, P + max_new_tokens, dtype=torch.long, device=device)
-    attention[:, P:] = 1
-    attention[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
+    is_prompt = torch.arange(P, device=device) >= P - lengths[:, None]             # (B, P)
     positions = _left_pad([p.positions.T for p in prompts]).permute(2, 0, 1)       # (3, B, P)
-    cache = DynamicCache(config=model.config.text_config)
+    cache = Cache(layers=[Columns(P + G * max_new_tokens) for _ in range(model.config.text_config.num_hidden_layers)])
     run = model.model.language_model
-    hidden = run(inputs_embeds=embed(model, ids, torch.cat([p.features for p in prompts])), attention_mask=attention[:, :P],
-                 position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]       # (B, H)
+    hidden = run(inputs_embeds=embed(model, ids, torch.cat([p.features for p in prompts])), attention_mask=is_prompt.long(),
+                 position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]      # (B, 1, H)
 
-    cache.batch_repeat_interleave(G)
-    hidden, attention = hidden.repeat_interleave(G, 0), attention.repeat_interleave(G, 0)
-    position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(G)
-    u = torch.cat([torch.rand(G, max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
-
-    rows = torch.arange(B * G, device=device)                                      # which response each row of the batch writes
-    writing = torch.ones(B * G, dtype=torch.bool, device=device)
-    tokens = torch.full((B * G, max_new_tokens), -1, device=device)
-    chosen_logps = torch.zeros(B * G, max_new_tokens, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    hidden = hidden.expand(-1, G, -1)                                              # (B, q, H), here q = G
+    group = torch.arange(B, device=device)                                         # which prompt each row of the batch is
+    who = torch.arange(G, device=device).expand(B, G)                              # which response each place writes, (B, q)
+    writing = torch.ones(B, G, dtype=torch.bool, device=device)
+    position = torch.tensor([p.next_position for p in prompts], device=device)
+    owner = torch.full((B, P + G * max_new_tokens), -2, device=device)             # of each column: -1 all, -2 none, g response g
+    owner[:, :P] = torch.where(is_prompt, -1, -2)
+    u = torch.stack([torch.rand(G, max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    tokens = torch.full((B, G, max_new_tokens), -1, device=device)
+    chosen_logps = torch.zeros(B, G, max_new_tokens, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for t in range(max_new_tokens):
-        logps = next_token_logps(model.lm_head(hidden), temperature, banned, top_k, top_p)
-        token = pick(logps, u[rows, t])
-        tokens[rows[writing], t] = token[writing]
-        chosen_logps[rows, t] = logps.gather(-1, token[:, None])[:, 0]
-        writing &= token != end_id
-        if t + 1 == max_new_tokens or not writing.any():
+        logps = next_token_logps(model.lm_head(hidden), temperature, banned, top_k, top_p)                    # (B, q, V)
+        token = pick(logps.flatten(0, 1), u[group[:, None], who, t].flatten()).view(who.shape)
+        b, g = group[:, None].expand_as(who)[writing], who[writing]
+        tokens[b, g, t] = token[writing]
+        chosen_logps[b, g, t] = logps[writing].gather(-1, token[writing][:, None])[:, 0]
+        writing = writing & (token != end_id)
+        left = writing.sum(1)
+        q = int(left.max())
+        if t + 1 == max_new_tokens or not q:
             break
-        if writing.float().mean() < SHRINK_AT:
-            cache.batch_select_indices(writing)
-            rows, position, attention, token = rows[writing], position[writing], attention[writing], token[writing]
-            writing = writing[writing]
-        hidden = run(inputs_embeds=model.get_input_embeddings()(token[:, None]), attention_mask=attention[:, :P + t + 1],
-                     position_ids=(position + t).expand(3, -1)[..., None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        if q * int((left > 0).sum()) < SHRINK_AT * writing.numel():                # finished groups leave, the others close up
+            rows, places = left > 0, (~writing).long().argsort(dim=1, stable=True)[:, :q]
+            cache.batch_select_indices(rows)
+            group, position, owner = group[rows], position[rows], owner[rows]
+            who, writing, token = (x.gather(1, places)[rows] for x in (who, writing, token))
+        used = cache.get_seq_length()
+        owner[:, used:used + who.shape[1]] = torch.where(writing, who, -2)
+        columns = owner[:, None, :used + who.shape[1]]
+        visible = (columns == -1) | (columns == who[:, :, None])                   # (B, q, columns)
+        hidden = run(inputs_embeds=model.get_input_embeddings()(token), attention_mask=visible[:, None],
+                     position_ids=(position[:, None] + t).expand(3, *who.shape), past_key_values=cache, use_cache=True).last_hidden_state
 
     out = []
-    for row, logp, n in zip(tokens.tolist(), chosen_logps.tolist(), (tokens >= 0).sum(1).tolist()):
+    for row, logp, n in zip(tokens.flatten(0, 1).tolist(), chosen_logps.flatten(0, 1).tolist(), (tokens >= 0).sum(2).flatten().tolist()):
         out.append(Rollout(row[:n], logp[:n], truncated=row[n - 1] != end_id))
     return [out[b * G:(b + 1) * G] for b in range(B)]

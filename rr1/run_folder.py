@@ -18,7 +18,7 @@ import shutil
 import time
 from dataclasses import MISSING, asdict
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -253,6 +253,17 @@ class RunFolder:
         self.saved_step = common["step"]
         return mine["state"] | {"step": common["step"]}
 
+    def end_step(self, step: int, stop: bool, *checkpoint: Any) -> None:
+        """`save(step, *checkpoint)` every `save_every` steps of the configuration, after the last of its `steps`, and when asked to
+        `stop`: then say how to go on, and exit with status 130."""
+        if stop or step % self.config["save_every"] == 0 or step == self.config["steps"]:
+            self.save(step, *checkpoint)
+        if stop:
+            self.draw()
+            if self.rt.is_main:
+                print(f"stopped after step {step}, saved in {self.out}: the same command with --resume goes on from here", flush=True)
+            raise SystemExit(130)
+
     def finish(self, model: Any, processor: Any) -> None:
         """Draw the curves and write `model/`, an ordinary checkpoint folder, in place of an older one."""
         if self.rt.is_main:
@@ -263,15 +274,9 @@ class RunFolder:
                 os.replace(folder, old)
             os.replace(temporary, folder)
             shutil.rmtree(old, ignore_errors=True)
+            print(f"written: {folder}")
         self.draw()
         barrier(self.rt)
-
-    def stop(self, step: int) -> NoReturn:
-        """After an interrupt, saved: say how to go on, and exit with status 130."""
-        self.draw()
-        if self.rt.is_main:
-            print(f"stopped after step {step}, saved in {self.out}: the same command with --resume goes on from here", flush=True)
-        raise SystemExit(130)
 
 
 def open_tracker(name: str, out: Path, config: dict, step: int) -> Callable[[dict, int], None]:

@@ -11,12 +11,16 @@ from typing import Sequence
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 # Tokens that stand for pixels or frame them. A policy that emits one breaks its own next forward pass, so none is sampled.
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                  "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>")
+
+PACK_FROM = 1.3                      # groups are packed where that saves at least this factor of the tokens
+LOGITS_AT_ONCE = 2**24               # a vocabulary of 151,936 is projected to in chunks of 110 tokens, 64 MB in float32
 
 
 class Processor:
@@ -147,15 +151,42 @@ def scale_logits(logits: torch.Tensor, temperature: float = 1.0, banned: Sequenc
     return logits.index_fill(-1, torch.tensor(list(banned), device=logits.device), float("-inf")) if len(banned) else logits
 
 
+def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = (),
+                with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states (N, H) and the tokens (N,) that follow them -> their log-probabilities (N,) and, where asked, the entropies
+    (N,) without gradient. (N, V) never exists whole: a chunk is thrown away and computed again in the backward pass."""
+    def chunk(hidden: torch.Tensor, targets: torch.Tensor):
+        logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)
+        p_log_p = logps.detach().exp() * logps.detach() if with_entropy else None  # 0 log 0 = 0: nan, which nansum leaves out
+        return logps.gather(-1, targets[:, None])[:, 0], -p_log_p.nansum(-1) if with_entropy else None
+
+    size = max(1, LOGITS_AT_ONCE // model.config.text_config.vocab_size)
+    if len(hidden) <= size:
+        return chunk(hidden, targets)
+    parts = [checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), targets.split(size))]
+    logps, entropies = zip(*parts)
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def token_ratio(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]]) -> float:
+    """How many times fewer tokens packed rows have, padding included: about G (P + L) / (P + G L)."""
+    packed = len(prompts) * max(len(p.ids) + sum(map(len, group)) for p, group in zip(prompts, responses))
+    rows = [len(p.ids) + len(response) for p, group in zip(prompts, responses) for response in group]
+    return len(rows) * max(rows) / packed
+
+
 def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], temperature: float = 1.0,
                 banned: Sequence[int] = (), with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """log pi(response | image, prompt), token by token, for B groups of responses.
 
     responses: B lists of token-id lists. Each group is one packed row [prompt, response 1 .. response G]: a response sees the
     prompt and itself, and its positions start where the prompt ended, so the prompt is computed once and the result equals
-    that of separate rows. -> logps (N, L) in float32, mask (N, L), and entropies (N, L) without gradient where asked;
+    that of separate rows, which are taken where packing saves little (`token_ratio` under PACK_FROM). -> logps (N, L) in float32, mask (N, L), and entropies (N, L) without gradient where asked;
     N = all responses in order, padded on the right with 0.
     """
+    if token_ratio(prompts, responses) < PACK_FROM:
+        prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
+        responses = [[response] for group in responses for response in group]
     device = model.device
     rows, positions, branches, previous, targets = [], [], [], [], []
     for prompt, group in zip(prompts, responses, strict=True):
@@ -182,11 +213,6 @@ def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[S
                                         position_ids=position_ids, use_cache=False).last_hidden_state      # (B, N, H)
     row_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([sum(map(len, g)) for g in responses]))
     hidden = hidden[row_of.to(device), torch.cat(previous).to(device)]              # (tokens, H): response tokens only
-    logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)          # (tokens, V)
-    chosen = logps.gather(-1, torch.cat(targets)[:, None])[:, 0]
+    logps, entropy = token_logps(model, hidden, torch.cat(targets), temperature, banned, with_entropy)
     pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)          # (tokens,) -> (N, L)
-    entropy = None
-    if with_entropy:
-        with torch.no_grad():
-            entropy = pad(-(logps.exp() * logps).nansum(-1))           # 0 log 0 = 0
-    return pad(chosen), pad(torch.ones_like(chosen)), entropy
+    return pad(logps), pad(torch.ones_like(logps)), pad(entropy) if with_entropy else None

@@ -45,9 +45,9 @@ def forced(model, bias):
 # ---------------------------------------------------------------- against generate, against the scorer
 
 def test_greedy_equals_generate_token_for_token(model, processor):
-    """24 prompts, left-padded into one batch on either side; some end their turn early, some are cut off."""
-    batch = batch_of(processor, 24)
-    groups = rollout.sample_group(model, data.encode(model, batch), 1, range(24), temperature=0, **options(processor))
+    """200 prompts, left-padded into one batch on either side; some end their turn early, some are cut off."""
+    batch = batch_of(processor, 200)
+    groups = rollout.sample_group(model, data.encode(model, batch), 1, range(200), temperature=0, **options(processor))
     P = max(map(len, batch.ids))
     pad = processor.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (P - len(row)) + row for row in batch.ids])
@@ -58,6 +58,26 @@ def test_greedy_equals_generate_token_for_token(model, processor):
         assert ours.ids + [pad] * (theirs.shape[1] - len(ours.ids)) == row
     ended = [not ours.truncated for ours, in groups]
     assert any(ended) and not all(ended) and len({tuple(ours.ids) for ours, in groups}) > 8, "the test should see more cases"
+
+
+def test_a_prompt_is_prefilled_once_and_a_group_is_one_row_of_the_cache(model, processor, monkeypatch):
+    """Buffers of P + G L columns for each group, made once; a step writes one column for each response that goes on."""
+    prompts, G, calls = data.encode(model, batch_of(processor, 4)), 8, []
+    P, forward = max(len(p.ids) for p in prompts), type(model.model.language_model).forward
+
+    def watched(self, **given):
+        out = forward(self, **given)
+        layer = given["past_key_values"].layers[0]
+        calls.append((*given["inputs_embeds"].shape[:2], layer.keys.shape[0], layer.keys.shape[2], layer.keys.data_ptr()))
+        return out
+    monkeypatch.setattr(type(model.model.language_model), "forward", watched)
+    groups = rollout.sample_group(model, prompts, G, range(4), **options(processor))
+    assert calls[0][:4] == (4, P, 4, P + G * 16)                      # one prefill of the four prompts
+    assert calls[1][:2] == (4, G) and {c[3] for c in calls} == {P + G * 16}
+    widths = [c[0] * c[1] for c in calls[1:]]
+    assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0], "what has ended should leave"
+    assert len({c[4] for c in calls}) <= 1 + len(set(widths)), "a buffer is made anew only when something leaves"
+    assert sum(widths) >= sum(len(r.ids) - 1 for group in groups for r in group)
 
 
 @pytest.mark.parametrize("T", [1.0, 0.7])

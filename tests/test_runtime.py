@@ -97,11 +97,7 @@ def train(config: Config, rt: runtime.Runtime) -> Net:
             state["total"] += loss.item()
             run.log(step, runtime.sum_over_ranks({"loss": loss, "draw": draws[0]}, rt))
             run.dump([{"step": step, "text": f"é{step}", "draw": draws[1]}])
-            stop = interrupt.requested
-            if stop or step % config.save_every == 0 or step == config.steps:
-                run.save(step, net, Processor(), optimizer, {"total": state["total"]}, own)
-            if stop:
-                run.stop(step)
+            run.end_step(step, interrupt.requested, net, Processor(), optimizer, {"total": state["total"]}, own)
             time.sleep(config.pause)
     run.finish(net, Processor())
     net.total = state["total"]

@@ -240,6 +240,9 @@ def test_a_world_cut_off_while_it_was_written_is_finished_and_one_that_is_whole_
     world.write(tmp_path, train=3, test=2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     assert (tmp_path / "train.jsonl").stat().st_mtime_ns == written
+    for other in ({"train": 4, "test": 2}, {"train": 3, "test": 2, "seed": 1}):
+        with pytest.raises(SystemExit, match="train.jsonl holds another world .3 records.*--out"):
+            world.write(tmp_path, **other)
 
 
 # ---------------------------------------------------------------- nothing outside knows of it

@@ -94,6 +94,8 @@ def test_packed_groups_equal_separate_rows(model, processor, monkeypatch, G, nor
     """float64; log-probabilities and the gradient of every trainable parameter, at T = 0.7 with the vision tokens banned.
 
     As released, the model's norms (and the rotations in its vision tower) round to float32: that is the looser bound."""
+    monkeypatch.setattr(vlm, "PACK_FROM", 0.0)
+    monkeypatch.setattr(vlm, "LOGITS_AT_ONCE", 5 * len(processor.tokenizer))        # five tokens at a time
     if norm == "exact":
         monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", exact_norm)
     model = copy.deepcopy(model).double()
@@ -121,6 +123,43 @@ def test_packed_groups_equal_separate_rows(model, processor, monkeypatch, G, nor
     for name, theirs in separate.items():
         error = (packed[name] - theirs).abs().max() / theirs.abs().max()
         assert error <= bound, f"{name}: {error:.1e}"
+
+
+def test_the_projection_in_chunks_equals_the_whole_and_never_holds_more(frozen, processor, monkeypatch):
+    frozen, prompts = frozen.double(), data.encode(frozen.double(), data.collate(TEXTS, pictures(), processor))
+    responses, V = random_responses(processor, LENGTHS[8]), len(processor.tokenizer)
+    tokens, found = sum(map(len, [r for group in responses for r in group])), {}
+    for at_once in (2**24, 10 * V):
+        monkeypatch.setattr(vlm, "LOGITS_AT_ONCE", at_once)
+        largest = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (largest.append(t.numel() if V in t.shape[-1:] else 0), t)[1], lambda t: t):
+            logps, _, entropy = vlm.group_logps(frozen, prompts, responses, 0.7, processor.banned_ids, with_entropy=True)
+        gradient = torch.autograd.grad(logps.square().sum(), frozen.model.language_model.embed_tokens.weight)[0]
+        found[at_once] = logps, entropy, gradient, max(largest)
+    whole, chunked = found.values()
+    for a, b in zip(whole[:3], chunked[:3]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert whole[3] == tokens * V and chunked[3] <= 10 * V
+
+
+def test_where_packing_saves_little_separate_rows_are_taken(frozen, processor, monkeypatch):
+    frozen = frozen.double()
+    prompts, seen = data.encode(frozen, data.collate(TEXTS, pictures(), processor)), []
+    P = [len(p.ids) for p in prompts]
+    forward = type(frozen.model.language_model).forward
+    monkeypatch.setattr(type(frozen.model.language_model), "forward",
+                        lambda self, **options: (seen.append(tuple(options["inputs_embeds"].shape[:2])), forward(self, **options))[1])
+    short, long = (random_responses(processor, [[n] * 4] * 3) for n in (2, 200))
+    assert vlm.token_ratio(prompts, short) == 12 * (max(P) + 2) / (3 * (max(P) + 8)) > vlm.PACK_FROM
+    assert vlm.token_ratio(prompts, long) == 12 * (max(P) + 200) / (3 * (max(P) + 800)) < vlm.PACK_FROM
+    for responses, shape in ((short, (3, max(P) + 8)), (long, (12, max(P) + 200))):
+        logps, mask, _ = vlm.group_logps(frozen, prompts, responses)
+        assert seen.pop() == shape
+        with monkeypatch.context() as patch:
+            patch.setattr(vlm, "PACK_FROM", 0.0 if shape[0] == 12 else float("inf"))                               # the other path
+            other, other_mask, _ = vlm.group_logps(frozen, prompts, responses)
+        assert seen.pop() != shape and torch.equal(mask, other_mask)
+        torch.testing.assert_close(logps, other, rtol=0, atol=1e-6)
 
 
 def test_groups_of_unequal_size_and_a_batch_equal_one_by_one(frozen, processor):

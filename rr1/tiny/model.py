@@ -16,9 +16,7 @@ from rr1.tiny import world
 from rr1.vlm import Processor
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-# M-RoPE gives the lowest frequencies to the image's columns. With the usual 10,000 and more, a column of a 4 x 4 grid would turn them
-# by 0.003 radians, and no attention head could tell left from right.
-ROPE_THETA = 20.0
+ROPE_THETA = 1000.0                  # the slowest rotations stand nearly still over a chain, so things can be looked up at any distance
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"

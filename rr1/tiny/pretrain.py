@@ -4,8 +4,8 @@
 
 1. vision   the vision tower alone learns to say what is drawn at each visual token and how the picture is damaged. Without this
             the language model stays on text statistics for a long time; with it grounding starts at once.
-2. whole    everything learns captions, open and choice questions on clean and damaged pictures. One picture carries many
-            questions: they branch off one image prefix (`rr1.vlm.group_logps`), so the picture is read once. The read-outs of
+2. whole    everything learns captions, open and choice questions, and how pictures are damaged, on clean and damaged ones. A
+            picture's conversations branch off one image prefix (`rr1.vlm.group_logps`), so it is read once. The read-outs of
             phase 1 stay on as a small extra loss, so that the features that fine-tuning will find frozen still tell the damage.
             Beside it the language model reads the sentences of chains, without pictures, as any language model has read English.
 
@@ -19,112 +19,52 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import DEGRADATIONS, degrade, sample_degradations
+from degrade import degrade, sample_degradations
 from rr1 import data, runtime, vlm
 from rr1.chain import build_question
 from rr1.rollout import sample_group
 from rr1.runtime import opt
 from rr1.tiny import world
+from rr1.tiny.lessons import TYPES, Batches
 from rr1.tiny.model import build_model, build_processor
 from rr1.vlm import Prompt, encode_images, group_logps, make_prompt
 
-TYPES = list(DEGRADATIONS)
-
-
-class Batches(IterableDataset):
-    """Endless batches, made in a worker process. `phase` says what is in them."""
-
-    def __init__(self, processor, phase: str, batch: int, seed: list[int]):
-        self.processor, self.phase, self.batch, self.seed = processor, phase, batch, seed
-
-    def __iter__(self):
-        cv2.setNumThreads(1), torch.set_num_threads(1)
-        rng = np.random.default_rng(self.seed)
-        while True:
-            yield self.pictures(rng)
-
-    def pictures(self, rng: np.random.Generator) -> dict:
-        """Pictures with what is drawn, how they are damaged and, in the last phase, branches of (tokens, where the answer starts)."""
-        images, branches = [], []
-        cells = np.zeros((self.batch, 4, 4, 2), np.int64)        # shape and colour at each visual token, 0 = nothing there
-        middles = np.stack(np.meshgrid(*2 * [14 + 28 * np.arange(4)]), -1)       # (4, 4, 2): x, y of the tokens' middles
-        grounds = np.zeros(self.batch, np.int64)
-        damage = np.zeros((self.batch, 2, len(TYPES)), np.float32)    # present?, intensity
-        for b in range(self.batch):
-            scene = world.sample_scene(rng)
-            spots = world.arrange(scene, rng)
-            image = world.draw(scene, rng, spots=spots)
-            if rng.random() < 0.75:
-                applied = sample_degradations(rng, low=1, high=2)
-                image = degrade(image, applied, seed=int(rng.integers(2**31)))
-                for d in applied:
-                    damage[b, :, TYPES.index(d.type)] = 1, d.intensity
-            for thing, (center, radius) in zip(scene.things, spots):
-                covered = np.hypot(*(middles - center).transpose(2, 0, 1)) < radius + 6
-                cells[b, covered] = 1 + world.SHAPES.index(thing.shape), 1 + list(world.COLORS).index(thing.color)
-            grounds[b] = world.GROUNDS.index(scene.ground)
-            images.append(image)
-            if self.phase == "whole":
-                branches.append(self.branches(scene, rng))
-        pixel_values, grid = self.processor.pixels(images)
-        return dict(lines=[self.line(rng) for _ in range(self.batch)] if self.phase == "whole" else [], pixel_values=pixel_values, grid=grid, cells=torch.from_numpy(cells), grounds=torch.from_numpy(grounds),
-                    damage=torch.from_numpy(damage), branches=branches)
-
-    def line(self, rng: np.random.Generator) -> list[int]:
-        """The sentences of a chain, without tags and without a picture: the language that fine-tuning will put in order."""
-        scene = world.sample_scene(rng)
-        asked = world.questions(scene)
-        chain = world.true_chain(scene, asked[rng.integers(len(asked))], sample_degradations(rng, low=1, high=2), None)
-        damage = ", ".join(f"{kind}({s:.2f})" for kind, s in chain.degradations)
-        return self.processor.response_ids("\n".join([damage, chain.influence, chain.reasoning, chain.conclusion]))
-
-    def branches(self, scene: world.Scene, rng: np.random.Generator) -> list[tuple[list[int], int]]:
-        """A caption, four open and three choice questions, each a turn that follows the picture. Choices are answered by text."""
-        *asked, describe = world.questions(scene)
-        turns = [(describe.text, describe.answer)]
-        for k, i in enumerate(rng.permutation(2 * len(asked))[:7]):
-            question = asked[i % len(asked)]
-            turns.append((build_question(question.text, world.choices(question, rng) if k >= 4 else None), question.answer))
-        tails = []
-        for text, answer in turns:
-            prompt = self.processor.prompt_ids(text, [1])
-            tail = prompt[prompt.index(self.processor.image_token_id) + 2:]      # what follows <|vision_end|>
-            tails.append((tail + self.processor.response_ids(answer), len(tail)))
-        return tails
-
 
 class Heads(nn.Module):
-    """Linear read-outs of the merged features: the shape and colour at each token, the ground, the damage."""
+    """Linear read-outs of the merged features: the shape and colour at each token and where it is, the ground, the damage.
+
+    Where it is matters: M-RoPE turns neighbouring columns too little for the language model to tell them apart by that."""
 
     def __init__(self, hidden: int):
         super().__init__()
         self.shape, self.color = nn.Linear(hidden, 1 + len(world.SHAPES)), nn.Linear(hidden, 1 + len(world.COLORS))
+        self.place = nn.Linear(hidden, 16)
         self.ground, self.present, self.intensity = nn.Linear(hidden, len(world.GROUNDS)), nn.Linear(hidden, len(TYPES)), nn.Linear(hidden, len(TYPES))
 
     def forward(self, features: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """features (B, 16, H) -> loss, shares read right."""
         whole = features.mean(1)
-        shape, color, ground = self.shape(features), self.color(features), self.ground(whole)
+        shape, color, place, ground = self.shape(features), self.color(features), self.place(features), self.ground(whole)
+        true_place = torch.arange(16).expand(len(features), 16)
         present, intensity = self.present(whole), self.intensity(whole)
         true_shape, true_color = batch["cells"].flatten(1, 2).unbind(-1)                    # (B, 16) each
         is_there, s = batch["damage"].unbind(1)
         loss = (2 * F.cross_entropy(shape.flatten(0, 1), true_shape.flatten()) + 2 * F.cross_entropy(color.flatten(0, 1), true_color.flatten())
-                + 0.5 * F.cross_entropy(ground, batch["grounds"]) + 4 * F.binary_cross_entropy_with_logits(present, is_there)
+                + 0.5 * F.cross_entropy(place.flatten(0, 1), true_place.flatten()) + 0.5 * F.cross_entropy(ground, batch["grounds"]) + 4 * F.binary_cross_entropy_with_logits(present, is_there)
                 + 2 * ((intensity - s).abs() * is_there).sum() / is_there.sum().clamp(min=1))
         filled = true_shape > 0
         found = present > 0
         read = {"shape": (shape.argmax(-1) == true_shape)[filled].float().mean(), "color": (color.argmax(-1) == true_color)[filled].float().mean(),
-                "ground": (ground.argmax(-1) == batch["grounds"]).float().mean(),
+                "place": (place.argmax(-1) == true_place).float().mean(), "ground": (ground.argmax(-1) == batch["grounds"]).float().mean(),
                 "damage_f1": 2 * (found * is_there).sum() / (found.sum() + is_there.sum()).clamp(min=1),
                 "intensity_error": ((intensity - s).abs() * is_there).sum() / is_there.sum().clamp(min=1)}
         return loss, {k: v.item() for k, v in read.items()}
@@ -139,17 +79,20 @@ def text_loss(model, lines: list[list[int]]) -> torch.Tensor:
 
 
 def language_loss(model, batch: dict, features: list[torch.Tensor], prefix: Prompt) -> tuple[torch.Tensor, dict[str, float]]:
-    """Mean over branches of the answer's mean token loss. A picture's eight branches go in two rows: attention over short
-    rows is cheaper than the prefix that is computed twice."""
-    prompts = [Prompt(prefix.ids, prefix.positions, f) for f in features for _ in range(2)]
-    halves = [half for group in batch["branches"] for half in (group[:4], group[4:])]
-    logps, mask, _ = group_logps(model, prompts, [[ids for ids, _ in half] for half in halves])
-    starts = torch.tensor([start for half in halves for _, start in half])
-    answer = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
-    losses = -(logps * answer).sum(1) / answer.sum(1)
-    exact = ((logps.exp() > 0.5) | (answer == 0)).all(1).float().view(len(features), -1).mean(0)    # each token likelier than the rest
-    kinds = {"caption": exact[0], "open": exact[1:5].mean(), "choice": exact[5:].mean()}
-    return losses.mean(), {k: v.item() for k, v in kinds.items()}
+    """Mean over the turns of the answer's mean token loss; by kind, the share of answers whose every token is likelier than not."""
+    prompts = [Prompt(prefix.ids, prefix.positions, f) for f in features]
+    logps, mask, _ = group_logps(model, prompts, [[ids for ids, _, _ in talks] for talks in batch["conversations"]])
+    kinds, owner = [], torch.full(mask.shape, -1)
+    for row, (ids, turns, turn_of) in enumerate(talk for talks in batch["conversations"] for talk in talks):
+        turn_of = torch.tensor(turn_of)
+        owner[row, :len(ids)] = torch.where(turn_of < 0, -1, turn_of + len(kinds))
+        kinds += turns
+    logps, owner = logps[owner >= 0], owner[owner >= 0]
+    total = lambda values: torch.zeros(len(kinds)).index_add(0, owner, values)       # (tokens,) -> (turns,)
+    losses = -total(logps) / total(torch.ones_like(logps))
+    wrong = total((logps.exp() <= 0.5).float())
+    names = np.array(kinds)
+    return losses.mean(), {k: (wrong[torch.from_numpy(names == k)] == 0).float().mean().item() for k in ("caption", "damage", "open", "choice")}
 
 
 @torch.no_grad()
@@ -195,8 +138,8 @@ def plot(log: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    groups = {"read from the features": ("shape", "color", "ground", "damage_f1"), "intensity error": ("intensity_error",),
-              "answers likelier than not": ("caption", "open", "choice")}
+    groups = {"read from the features": ("shape", "color", "place", "ground", "damage_f1"), "intensity error": ("intensity_error",),
+              "answers likelier than not": ("caption", "damage", "open", "choice")}
     for axis, (title, names) in zip(axes, groups.items()):
         for name in names:
             points = [(r["minutes"], r[name]) for r in log if r.get(name) is not None]
@@ -214,7 +157,7 @@ def plot(log: list[dict], path: Path) -> None:
 class Config:
     out: str = opt("runs/tiny-base", "the run's folder; the checkpoint is its subfolder model/")
     vision_steps: int = opt(2800, "steps of the vision phase")
-    steps: int = opt(1000, "steps of the whole phase")
+    steps: int = opt(900, "steps of the whole phase")
     batch: int = opt(32, "pictures a step, over all processes; the vision phase takes twice as many")
     lr: float = opt(1.5e-3, "peak learning rate")
     seed: int = opt(0, "fixes the weights' start and the data")

@@ -242,6 +242,9 @@ def write(folder: str | Path, train: int = TRAIN, test: int = TEST, seed: int = 
         for split, work in jobs.items():
             path = folder / f"{split}.jsonl"
             if path.exists():
+                found = path.read_text().splitlines()
+                if len(found) != len(work) or json.loads(found[0])["id"] != f"{work[0][1]}-{0:06d}":
+                    raise SystemExit(f"{path} holds another world ({len(found)} records): give another --out, or delete {folder}")
                 continue
             lines = list(tqdm(pool.imap(_write_one, work, chunksize=32), total=len(work), desc=f"drawing {path}"))
             temporary = path.with_suffix(".tmp")
