@@ -31,7 +31,7 @@ class Config:
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
     out: str = opt("runs/sft", "the run's folder")
-    steps: int = opt(300, "optimizer steps")
+    steps: int = opt(400, "optimizer steps")
     batch: int = opt(32, "records a step, over all processes")
     micro_batch: int = opt(32, "records a forward and backward pass, in each process")
     lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")

@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rr1 import metrics, run_folder, runtime, tiny
-from rr1.runtime import opt
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))                                   # before this folder, which has a degrade.py of its own
+from rr1 import metrics, run_folder, runtime, tiny  # noqa: E402
+from rr1.runtime import opt  # noqa: E402
+
 CONTROL_LR = 3e-4                    # 0.3 of the default run's: this is a second round from a model that has converged once
 PROBE_STEPS, WARM = 12, 2            # of the timing; the first steps are slower
 MODES = {"sampled": "1", "greedy": "0"}                         # temperatures

@@ -62,17 +62,20 @@ class Batches(IterableDataset):
         return self.processor.response_ids("\n".join([damage, chain.influence, chain.reasoning, chain.conclusion]))
 
     def conversations(self, scene: world.Scene, damage: list, rng: np.random.Generator) -> list[tuple[list[int], list[str], list[int]]]:
-        """What follows the picture: eight turns in any order, a caption, how it is damaged, four open questions, two with choices,
-        which are answered by their text. Four stand alone: from those, looking at the picture is learnt fast. Four make one long
-        conversation: its end is far from the picture, as the end of a chain will be.
+        """What follows the picture: eight turns in any order, a caption, how it is damaged, three open questions, one with choices,
+        which are answered by their text, and two more, one of them with choices, answered after saying what is there.
+        Four turns stand alone: from those, looking at the picture is learnt fast. Four make one long conversation: its end is far from
+        the picture, as the end of a chain will be.
         -> token ids, what kind each turn is of, the turn whose answer each token belongs to (-1: none)."""
         *asked, describe = world.questions(scene)
         harm = ", ".join(f"{kind}({s:.2f})" for kind, s in damage) or "nothing"
         turns = [("caption", describe.text, describe.answer), ("damage", "how is the picture damaged?", harm)]
-        for k, i in enumerate(rng.permutation(2 * len(asked))[:7]):
-            question = asked[i % len(asked)]
-            options = world.choices(question, rng) if k >= 4 else None
-            turns.append(("choice" if options else "open", build_question(question.text, options), question.answer))
+        for k, i in enumerate(rng.permutation(2 * len(asked))[:6]):
+            question, first = asked[i % len(asked)], k >= 4
+            options = world.choices(question, rng) if k in (3, 5) else None
+            text = build_question(question.text, options) + ("\nsay what you see, then answer." if first else "")
+            answer = f"the picture shows {describe.answer}\n{question.statement}\n{question.answer}" if first else question.answer
+            turns.append(("explained" if first else "choice" if options else "open", text, answer))
         order = rng.permutation(len(turns))
         return [self.conversation([turns[i] for i in part]) for part in (*order[:4, None], order[4:])]
 

@@ -1,13 +1,14 @@
 """Build the tiny Qwen2.5-VL from nothing: tokenizer, vision tower, language model.
 
-    torchrun --nproc-per-node 2 -m rr1.tiny.pretrain          # 2 cores; 1.3 to 1.5 s a step; writes runs/tiny-base/model
+    torchrun --nproc-per-node 2 -m rr1.tiny.pretrain          # 2 cores, 45 minutes; writes runs/tiny-base/model
 
 1. vision   the vision tower alone learns to say what is drawn at each visual token and how the picture is damaged. Without this
             the language model stays on text statistics for a long time; with it grounding starts at once.
-2. whole    everything learns captions, open and choice questions, and how pictures are damaged, on clean and damaged ones. A
-            picture's conversations branch off one image prefix (`rr1.vlm.group_logps`), so it is read once. The read-outs of
-            phase 1 stay on as a small extra loss, so that the features that fine-tuning will find frozen still tell the damage.
-            Beside it the language model reads the sentences of chains, without pictures, as any language model has read English.
+2. whole    everything learns captions, open and choice questions, some answered after saying what is there, and how pictures are
+            damaged, on clean and damaged ones. A picture's conversations branch off one image prefix (`rr1.vlm.group_logps`), so it
+            is read once. The read-outs of phase 1 stay on as a small extra loss, so that the features that fine-tuning will find
+            frozen still tell the damage. Beside it the language model reads the sentences of chains, without pictures, as any
+            language model has read English.
 
 Each phase ends with its weights in --out; a run that is started again skips the phases that are done.
 """
@@ -92,7 +93,7 @@ def language_loss(model, batch: dict, features: list[torch.Tensor], prefix: Prom
     losses = -total(logps) / total(torch.ones_like(logps))
     wrong = total((logps.exp() <= 0.5).float())
     names = np.array(kinds)
-    return losses.mean(), {k: (wrong[torch.from_numpy(names == k)] == 0).float().mean().item() for k in ("caption", "damage", "open", "choice")}
+    return losses.mean(), {k: (wrong[torch.from_numpy(names == k)] == 0).float().mean().item() for k in ("caption", "damage", "open", "choice", "explained")}
 
 
 @torch.no_grad()
@@ -139,7 +140,7 @@ def plot(log: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
     groups = {"read from the features": ("shape", "color", "place", "ground", "damage_f1"), "intensity error": ("intensity_error",),
-              "answers likelier than not": ("caption", "damage", "open", "choice")}
+              "answers likelier than not": ("caption", "damage", "open", "choice", "explained")}
     for axis, (title, names) in zip(axes, groups.items()):
         for name in names:
             points = [(r["minutes"], r[name]) for r in log if r.get(name) is not None]

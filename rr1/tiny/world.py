@@ -29,7 +29,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = ("top left", "top right", "bottom left", "bottom right")    # the reading order of captions
 GROUNDS = ("grass", "sand", "water", "brick")
 COUNTS = ("one", "two", "three", "four")                         # four never happens: it is there to be a wrong choice
-TRAIN, TEST = 8192, 1024                                         # records in the written data set
+TRAIN, TEST = 24576, 1024                                        # records in the written data set
 
 
 class Thing(NamedTuple):
