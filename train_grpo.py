@@ -10,7 +10,7 @@ Each step, in the phases of the figure:
 
 By default the tiny fine-tuned model learns from the other three quarters of the drawn world:
 
-    torchrun train_grpo.py                                                    # laptop, 3 to 4 s a step -> runs/grpo/model
+    torchrun train_grpo.py                                                    # laptop, under 8 minutes -> runs/grpo/model
     torchrun train_grpo.py --rewards deg len my_rewards.py:brevity --reward-weights 1 1 0.2 --out runs/brevity
     torchrun --nproc-per-node 8 train_grpo.py --model Jiaqi-hkust/Robust-R1-SFT --data train.jsonl --images train_images \\
         --lr 1e-6 --beta 0.04 --max-new-tokens 2048 --prompts 16 --micro-batch 1 --gradient-checkpointing --out runs/grpo-3b

@@ -17,7 +17,6 @@ from rr1 import vlm
 from rr1.chain import INSTRUCTION
 
 
-
 def train(folder: Path, c: dict, steps: int, counts, wait_for_turn: Callable, report_step: Callable) -> None:
     """`steps` steps of TRL on what `bench/grpo.py` wrote; it says when, and what to count."""
     seconds = {}
@@ -65,9 +64,11 @@ def train(folder: Path, c: dict, steps: int, counts, wait_for_turn: Callable, re
             seconds["rollout"], counts.phase = time.perf_counter() - start, "score"
             return out
 
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+            counts.phase = "update" if torch.is_grad_enabled() else "score"
+            counts[f"tokens projected, {counts.phase}"] += len(input_ids) * logits_to_keep       # its fused projection passes no Linear
             start = time.perf_counter()
-            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            out = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
             if not torch.is_grad_enabled():
                 seconds["score"], counts.phase = seconds.get("score", 0.0) + time.perf_counter() - start, "update"
             return out
