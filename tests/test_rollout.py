@@ -62,7 +62,7 @@ def test_greedy_equals_generate_token_for_token(model, processor):
 
 def test_a_prompt_is_prefilled_once_and_a_group_is_one_row_of_the_cache(model, processor, monkeypatch):
     """Buffers of P + G L columns for each group, made once; a step writes one column for each response that goes on."""
-    model = forced(model, {processor.end_id: 4.5})                    # about one token in ten ends the turn
+    model = forced(model, {processor.end_id: 3.0})                    # so that some responses end on the way
     prompts, G, calls = data.encode(model, batch_of(processor, 4)), 8, []
     P, forward = max(len(p.ids) for p in prompts), type(model.model.language_model).forward
 
@@ -74,7 +74,7 @@ def test_a_prompt_is_prefilled_once_and_a_group_is_one_row_of_the_cache(model, p
     monkeypatch.setattr(type(model.model.language_model), "forward", watched)
     groups = rollout.sample_group(model, prompts, G, range(4), **options(processor))
     assert calls[0][:4] == (4, P, 4, P + G * 16)                      # one prefill of the four prompts
-    assert calls[1][:2] == (4, G) and {c[3] for c in calls} == {P + G * 16}
+    assert {c[3] for c in calls} == {P + G * 16} and calls[1][0] * calls[1][1] <= 4 * G
     widths = [c[0] * c[1] for c in calls[1:]]
     assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0], "what has ended should leave"
     assert len({c[4] for c in calls}) <= 1 + len(set(widths)), "a buffer is made anew only when something leaves"

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import train_grpo
 import train_sft
-from rr1 import data, rollout, run_folder, runtime, tiny, vlm
+from rr1 import data, rollout, run_folder, tiny, vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": train_sft, "grpo": train_grpo}
@@ -190,6 +190,7 @@ def changed(lab, base, run):
 def close(lab, base, run):
     assert lab.apart(run, base) < 1e-3
     for a, b in zip(base.rows, run.rows, strict=True):
+        a, b = ({k: v for k, v in row.items() if k != "token_ratio"} for row in (a, b))        # it speaks of the micro-batches
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
