@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
                              "token_ratio": sum(vlm.token_ratio(prompts[c], responses[c]) * len(prompts[c]) for c in chunks) * G}
             totals = runtime.sum_over_ranks(sums, rt)
             per_token = {name: totals[name] / max(totals["tokens"], 1) for name in ("ratio", "clip_low", "clip_high", "entropy", "kl") if name in totals}
-            per_response = {name: totals[name] / (B * G) for name in ("reward", *terms, "reward_std", "zero_std", "length", "truncated", "well_formed", "token_ratio")}
+            per_response = {name: totals[name] / (B * G) for name in ("reward", *terms, "reward_std", "zero_std", "length", "truncated", "well_formed",
+                                                                      "token_ratio")}
             seconds = dict(zip(("seconds/rollout", "seconds/score", "seconds/update"), (b - a for a, b in zip(clock, clock[1:]))))
             metrics = per_response | per_token | {"loss": totals["loss"], "grad_norm": norm, "lr": rate, **seconds,
                                                   "tokens_per_second": totals["sampled"] / seconds["seconds/rollout"]}

@@ -35,10 +35,10 @@ from rr1.metrics import markdown  # noqa: E402
 from rr1.run_folder import to_json, write_text  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 
-PHOTO = {"width": 640, "height": 480, "text": 150, "new": 128, "groups": 1, "hidden": 256, "layers": 6, "vocab": 4096}
+PHOTO = {"width": 640, "height": 480, "text": 150, "new": 128, "groups": 1, "hidden": 256, "head": 64, "layers": 6, "vocab": 4096}
 CONFIGURATIONS = {
     "photo": PHOTO | {"G": 8}, "photo-G4": PHOTO | {"G": 4}, "photo-G16": PHOTO | {"G": 16},
-    "tiny": {"width": 112, "height": 112, "text": 40, "new": 64, "groups": 16, "hidden": 192, "layers": 6, "vocab": 710, "G": 8}}
+    "tiny": {"width": 112, "height": 112, "text": 40, "new": 64, "groups": 16, "hidden": 192, "head": 48, "layers": 6, "vocab": 710, "G": 8}}
 ABOUT = {"photo": "a 640 x 480 photo, 150 tokens of text, 128 new tokens, G 8", "photo-G4": "the same, G 4", "photo-G16": "the same, G 16",
          "tiny": "the default run's sizes: 16 groups of 8, 64 new tokens"}
 PHASES = ("rollout", "score", "update")
@@ -57,7 +57,7 @@ def write_inputs(folder: Path, c: dict, steps: int) -> None:
     torch.manual_seed(0)
     processor = vlm.Processor.from_pretrained(tiny.BASE, min_pixels=28 * 28, max_pixels=c["width"] * c["height"])
     base = Qwen2_5_VLConfig.from_pretrained(tiny.BASE)
-    size, head = c["hidden"], 64 if c["hidden"] % 64 == 0 and c["hidden"] != 192 else 48
+    size, head = c["hidden"], c["head"]
     base.text_config.update({"hidden_size": size, "intermediate_size": 3 * size, "num_hidden_layers": c["layers"], "vocab_size": c["vocab"],
                              "num_attention_heads": size // head, "layer_types": ["full_attention"] * c["layers"],
                              "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]}})

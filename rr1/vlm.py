@@ -154,7 +154,8 @@ def scale_logits(logits: torch.Tensor, temperature: float = 1.0, banned: Sequenc
 def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = (),
                 with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hidden states (N, H) and the tokens (N,) that follow them -> their log-probabilities (N,) and, where asked, the entropies
-    (N,) without gradient. (N, V) never exists whole: a chunk is thrown away and computed again in the backward pass."""
+    (N,) without gradient. No more than LOGITS_AT_ONCE logits exist at a time: where there would be more, they are made in chunks, and
+    a chunk is thrown away and computed again in the backward pass."""
     def chunk(hidden: torch.Tensor, targets: torch.Tensor):
         logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)
         p_log_p = logps.detach().exp() * logps.detach() if with_entropy else None  # 0 log 0 = 0: nan, which nansum leaves out
@@ -181,8 +182,9 @@ def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[S
 
     responses: B lists of token-id lists. Each group is one packed row [prompt, response 1 .. response G]: a response sees the
     prompt and itself, and its positions start where the prompt ended, so the prompt is computed once and the result equals
-    that of separate rows, which are taken where packing saves little (`token_ratio` under PACK_FROM). -> logps (N, L) in float32, mask (N, L), and entropies (N, L) without gradient where asked;
-    N = all responses in order, padded on the right with 0.
+    that of separate rows, which are taken where packing saves little (`token_ratio` under PACK_FROM).
+    -> logps (N, L) in float32, mask (N, L), and entropies (N, L) without gradient where asked; N = all responses in order, padded
+    on the right with 0.
     """
     if token_ratio(prompts, responses) < PACK_FROM:
         prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]

@@ -80,6 +80,7 @@ class Batches(IterableDataset):
         return [self.conversation([turns[i] for i in part]) for part in (*order[:4, None], order[4:])]
 
     def conversation(self, turns: list[tuple[str, str, str]]) -> tuple[list[int], list[str], list[int]]:
+        """(kind, question, answer) of each turn, one after the other, as `conversations` returns one."""
         ids, owner = [], []
         for t, (_, text, answer) in enumerate(turns):
             prompt = self.processor.prompt_ids(text, [1])

@@ -243,7 +243,7 @@ def write(folder: str | Path, train: int = TRAIN, test: int = TEST, seed: int = 
             path = folder / f"{split}.jsonl"
             if path.exists():
                 found = path.read_text().splitlines()
-                if len(found) != len(work) or json.loads(found[0])["id"] != f"{work[0][1]}-{0:06d}":
+                if len(found) != len(work) or json.loads(found[0])["id"] != f"{work[0][1]}-000000":
                     raise SystemExit(f"{path} holds another world ({len(found)} records): give another --out, or delete {folder}")
                 continue
             lines = list(tqdm(pool.imap(_write_one, work, chunksize=32), total=len(work), desc=f"drawing {path}"))
