@@ -151,15 +151,15 @@ class RunFolder:
         return None
 
     def log(self, step: int, metrics: Mapping[str, float | torch.Tensor], line: str | None = None) -> None:
-        """Print one line (by default all metrics; "" for none), append to metrics.jsonl, refresh curves.png."""
+        """Append to metrics.jsonl, print one line (by default all metrics; "" for none), refresh curves.png."""
         if not self.rt.is_main:
             return
         values = {name: float(value) for name, value in metrics.items()}
         line = "  ".join([f"step {step:5d}", *(f"{k} {v:.4g}" for k, v in values.items())]) if line is None else line
-        if line:
-            print(line, flush=True)
         self.rows.append({"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()})
         self._append("metrics.jsonl", self.rows[-1:])
+        if line:  # what is said to be done is on disk
+            print(line, flush=True)
         if self.tracker:
             self._track = self._track or open_tracker(self.tracker, self.out, self.config, step)
             self._track(values, step)

@@ -286,7 +286,7 @@ def test_nothing_is_pickled():
 
 
 def start(*command: str, out: Path, **environment: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | environment
     return subprocess.Popen([sys.executable, *command, str(Path(__file__)), "--out", str(out)] + ["--pause", "0.3"],
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -312,8 +312,8 @@ def test_killed_without_warning(whole, tmp_path):
     process.wait(20)
     if sys.platform == "linux":
         process.stdout.read()  # ends when the worker, which holds the other end, is gone
-        assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
-    assert [folder.name for folder in run_folder.checkpoints(out)] == ["step-000002"]
+        assert 3 <= len((out / "metrics.jsonl").read_text().splitlines()) < 6
+    assert run_folder.checkpoints(out)[-1].name in ("step-000002", "step-000004")
     train(Config(out=str(out), resume=True), ALONE)
     assert_same_run(whole, out)
 
@@ -328,7 +328,7 @@ def test_stopped_in_peace(whole, tmp_path):
     assert process.returncode == 130, said
     assert "ending this step" in said and "with --resume goes on" in said and "Traceback" not in said
     last = int(re.search(r"stopped after step (\d)", said)[1])
-    assert 3 <= last <= 4 and run_folder.checkpoints(out)[-1].name == f"step-{last:06d}" and (out / "curves.png").exists()
+    assert 3 <= last < 6 and run_folder.checkpoints(out)[-1].name == f"step-{last:06d}" and (out / "curves.png").exists()
     train(Config(out=str(out), resume=True), ALONE)
     assert_same_run(whole, out)
 
