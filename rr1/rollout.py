@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -47,6 +48,31 @@ class Columns(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.used
+
+
+def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """The language model on new tokens: embeddings x (B, q, H), all q of a group at one position (B,) -> hidden states (B, q, H).
+    visible (B, q, columns in use, the new ones included): what each may look at.
+
+    What the layers of `transformers` compute, in fewer operations: for text the three parts of M-RoPE are one rotation, and the heads
+    that share keys are rows of one product, so that no key is copied for each of them.
+    """
+    text, (B, q, H) = model.model.language_model, x.shape
+    heads, shared = text.config.num_attention_heads, text.config.num_key_value_heads
+    angle = position[:, None, None, None].float() * text.rotary_emb.inv_freq.float().repeat(2)                 # (B, 1, 1, head size)
+    cos, sin = (f(angle) * text.rotary_emb.attention_scaling for f in (torch.cos, torch.sin))
+    mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, heads // shared, 1)
+    norm = lambda layer, x: F.rms_norm(x, (H,), layer.weight, layer.variance_epsilon)
+    by_head = lambda x, n: x.view(B, q, n, -1).transpose(1, 2)                                                 # (B, n, q, head size)
+    turn = lambda x: x * cos.to(x.dtype) + torch.cat([-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]], -1) * sin.to(x.dtype)
+    for layer, columns in zip(text.layers, cache.layers):
+        attention, h = layer.self_attn, norm(layer.input_layernorm, x)
+        queries, keys = turn(by_head(attention.q_proj(h), heads)), turn(by_head(attention.k_proj(h), shared))
+        keys, values = columns.update(keys, by_head(attention.v_proj(h), shared))
+        seen = F.scaled_dot_product_attention(queries.reshape(B, shared, heads // shared * q, -1), keys, values, attn_mask=mask)
+        x = x + attention.o_proj(seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
+        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+    return norm(text.norm, x)
 
 
 def _left_pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -91,9 +117,9 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
     is_prompt = torch.arange(P, device=device) >= P - lengths[:, None]             # (B, P)
     positions = _left_pad([p.positions.T for p in prompts]).permute(2, 0, 1)       # (3, B, P)
     cache = Cache(layers=[Columns(P + G * max_new_tokens) for _ in range(model.config.text_config.num_hidden_layers)])
-    run = model.model.language_model
-    hidden = run(inputs_embeds=embed(model, ids, torch.cat([p.features for p in prompts])), attention_mask=is_prompt.long(),
-                 position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]      # (B, 1, H)
+    embeddings = embed(model, ids, torch.cat([p.features for p in prompts]))
+    hidden = model.model.language_model(inputs_embeds=embeddings, attention_mask=is_prompt.long(), position_ids=positions,
+                                        past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]       # (B, 1, H)
 
     hidden = hidden.expand(-1, G, -1)                                              # (B, q, H), here q = G
     group = torch.arange(B, device=device)                                         # which prompt each row of the batch is
@@ -125,8 +151,7 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
         owner[:, used:used + who.shape[1]] = torch.where(writing, who, -2)
         columns = owner[:, None, :used + who.shape[1]]
         visible = (columns == -1) | (columns == who[:, :, None])                   # (B, q, columns)
-        hidden = run(inputs_embeds=model.get_input_embeddings()(token), attention_mask=visible[:, None],
-                     position_ids=(position[:, None] + t).expand(3, *who.shape), past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = decode(model, model.get_input_embeddings()(token), position + t, visible, cache)
 
     out = []
     for row, logp, n in zip(tokens.flatten(0, 1).tolist(), chosen_logps.flatten(0, 1).tolist(), (tokens >= 0).sum(2).flatten().tolist()):

@@ -64,14 +64,22 @@ def test_a_prompt_is_prefilled_once_and_a_group_is_one_row_of_the_cache(model, p
     """Buffers of P + G L columns for each group, made once; a step writes one column for each response that goes on."""
     model = forced(model, {processor.end_id: 3.0})                    # so that some responses end on the way
     prompts, G, calls = data.encode(model, batch_of(processor, 4)), 8, []
-    P, forward = max(len(p.ids) for p in prompts), type(model.model.language_model).forward
+    P, prefill, step = max(len(p.ids) for p in prompts), type(model.model.language_model).forward, rollout.decode
 
-    def watched(self, **given):
-        out = forward(self, **given)
-        layer = given["past_key_values"].layers[0]
-        calls.append((*given["inputs_embeds"].shape[:2], layer.keys.shape[0], layer.keys.shape[2], layer.keys.data_ptr()))
+    def note(x, cache):
+        keys = cache.layers[0].keys
+        calls.append((*x.shape[:2], keys.shape[0], keys.shape[2], keys.data_ptr()))
+
+    def watched_prefill(self, **given):
+        out = prefill(self, **given)
+        note(given["inputs_embeds"], given["past_key_values"])
         return out
-    monkeypatch.setattr(type(model.model.language_model), "forward", watched)
+
+    def watched_step(model, x, position, visible, cache):
+        note(x, cache)
+        return step(model, x, position, visible, cache)
+    monkeypatch.setattr(type(model.model.language_model), "forward", watched_prefill)
+    monkeypatch.setattr(rollout, "decode", watched_step)
     groups = rollout.sample_group(model, prompts, G, range(4), **options(processor))
     assert calls[0][:4] == (4, P, 4, P + G * 16)                      # one prefill of the four prompts
     assert {c[3] for c in calls} == {P + G * 16} and calls[1][0] * calls[1][1] <= 4 * G
