@@ -90,6 +90,7 @@ class Counts(Counter):
 
     def install(self, vocab: int) -> None:
         import torch
+        from rr1 import rollout
         from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -117,6 +118,7 @@ class Counts(Counter):
 
         around(modeling.Qwen2_5_VisionTransformerPretrainedModel, "forward", tower)
         around(modeling.Qwen2_5_VLTextModel, "forward", language)
+        around(rollout, "decode", lambda model, x, *_: language(model, inputs_embeds=x))                 # ours; TRL has no such function
         around(torch.nn.Linear, "forward", project)
         around(Qwen2VLImageProcessorPil, "preprocess",
                lambda this, images, *_, **__: self.update({"images preprocessed": len(images) if isinstance(images, (list, tuple)) else 1}))

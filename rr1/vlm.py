@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 # Tokens that stand for pixels or frame them. A policy that emits one breaks its own next forward pass, so none is sampled.
@@ -176,12 +179,61 @@ def token_ratio(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence
     return len(rows) * max(rows) / packed
 
 
+@dataclass
+class Branches:
+    """Packed rows as their attention needs them: B rows of N columns, R responses in all, the longest prompt P, the longest response L."""
+    P: int
+    row: torch.Tensor                # (R,) the row that a response is in
+    own: torch.Tensor                # (R, L) its columns, counted through all rows, (B N)
+    mask: torch.Tensor               # (R, 1, L, P + L) added to the scores of prompt and response: 0 or -inf
+    place: torch.Tensor              # (B, N) where a column's result is among those of prompts, (B P), then responses, (R L)
+
+    @classmethod
+    def of(cls, prompts: Sequence[int], starts: Sequence[tuple[int, int]], lengths: Sequence[int], rows: torch.Tensor) -> "Branches":
+        """From the lengths of B prompts, (row, first column) and length of each response, and the rows themselves, (B, N, H)."""
+        (B, N, _), P, L, device = rows.shape, max(prompts), max(lengths), rows.device
+        row, first = torch.tensor(starts).T
+        inside = torch.arange(L) < torch.tensor(lengths)[:, None]                   # (R, L)
+        own = ((row * N + first)[:, None] + torch.arange(L)).where(inside, 0)
+        place = torch.zeros(B * N, dtype=torch.long)
+        for b, n in enumerate(prompts):
+            place[b * N:b * N + n] = b * P + torch.arange(n)
+        place[own[inside]] = (B * P + torch.arange(len(starts) * L)).view(-1, L)[inside]
+        hidden = torch.cat([(torch.arange(P) >= torch.tensor(prompts)[row][:, None])[:, None].expand(-1, L, -1),
+                            torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(starts), L, L)], 2)
+        mask = torch.zeros(hidden.shape, dtype=rows.dtype).masked_fill_(hidden, float("-inf"))[:, None]
+        return cls(P, *(x.to(device) for x in (row, own, mask, place.view(B, N))))
+
+
+def branch_attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, scaling=None, **options):
+    """Attention of packed rows: query (B, heads, N, head size), key, value (B, shared heads, N, head size) -> (B, N, heads, head size).
+
+    Prompts look at themselves, causally. Responses, as a batch of R, look at their prompt and at themselves. What one response could look
+    at in another is never computed; of an (N, N) mask it would be most. With any other mask this is the attention of `transformers`.
+    """
+    if not isinstance(attention_mask, Branches):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    b, heads, shared = attention_mask, query.shape[1], key.shape[1]
+    share, (R, L) = heads // shared, b.own.shape
+    front = F.scaled_dot_product_attention(query[:, :, :b.P], *(x[:, :, :b.P].repeat_interleave(share, 1) for x in (key, value)),
+                                           is_causal=True, scale=scaling)                                     # (B, heads, P, head size)
+    own = lambda x: x.transpose(1, 2).flatten(0, 1)[b.own].transpose(1, 2)                                    # (R, heads, L, head size)
+    seen = lambda x: torch.cat([x[:, :, :b.P][b.row], own(x)], 2)                                             # (R, heads, P + L, head size)
+    back = F.scaled_dot_product_attention(own(query).reshape(R, shared, share * L, -1), seen(key), seen(value),
+                                          attn_mask=b.mask.repeat(1, 1, share, 1), scale=scaling).view(R, heads, L, -1)
+    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (front, back)])[b.place], None
+
+
+AttentionInterface.register("branches", branch_attention)
+AttentionMaskInterface.register("branches", sdpa_mask)
+
+
 def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], temperature: float = 1.0,
                 banned: Sequence[int] = (), with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """log pi(response | image, prompt), token by token, for B groups of responses.
 
     responses: B lists of token-id lists. Each group is one packed row [prompt, response 1 .. response G]: a response sees the
-    prompt and itself, and its positions start where the prompt ended, so the prompt is computed once and the result equals
+    prompt and itself (`branch_attention`), and its positions start where the prompt ended, so the prompt is computed once and the result equals
     that of separate rows, which are taken where packing saves little (`token_ratio` under PACK_FROM).
     -> logps (N, L) in float32, mask (N, L), and entropies (N, L) without gradient where asked; N = all responses in order, padded
     on the right with 0.
@@ -190,29 +242,28 @@ def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[S
         prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
         responses = [[response] for group in responses for response in group]
     device = model.device
-    rows, positions, branches, previous, targets = [], [], [], [], []
+    rows, positions, starts, previous, targets = [], [], [], [], []
     for prompt, group in zip(prompts, responses, strict=True):
-        row, position, branch, offset = [prompt.ids], [prompt.positions], [torch.zeros(len(prompt.ids), dtype=torch.long)], len(prompt.ids)
-        for g, response in enumerate(group, start=1):
+        row, position, offset = [prompt.ids], [prompt.positions], len(prompt.ids)
+        for response in group:
             n = len(response)
             row.append(torch.tensor(response, device=device))
             position.append((prompt.next_position + torch.arange(n, device=device)).expand(3, n))
-            branch.append(torch.full((n,), g))
+            starts.append((len(rows), offset))                                     # of each response: its row and first column
             previous.append(torch.tensor([len(prompt.ids) - 1, *range(offset, offset + n - 1)]))   # what predicts each token
             targets.append(row[-1])
             offset += n
-        rows.append(torch.cat(row)), positions.append(torch.cat(position, 1).T), branches.append(torch.cat(branch))
+        rows.append(torch.cat(row)), positions.append(torch.cat(position, 1).T)
     lengths = [len(t) for t in targets]
     ids = pad_sequence(rows, batch_first=True)                                      # (B, N)
     position_ids = pad_sequence(positions, batch_first=True).permute(2, 0, 1)       # (3, B, N)
-    branch = pad_sequence(branches, batch_first=True, padding_value=-1).to(device)  # (B, N): 0 prompt, g response g, -1 padding
+    embeddings = embed(model, ids, torch.cat([p.features for p in prompts]))
     attention = None                                                                # one response a row: plain causal attention
     if any(len(group) > 1 for group in responses):
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=device).tril()
-        attention = (causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])))[:, None]   # (B, 1, N, N)
-    features = torch.cat([p.features for p in prompts])
-    hidden = model.model.language_model(inputs_embeds=embed(model, ids, features), attention_mask=attention,
-                                        position_ids=position_ids, use_cache=False).last_hidden_state      # (B, N, H)
+        model.model.language_model.config._attn_implementation = "branches"
+        attention = {"full_attention": Branches.of([len(p.ids) for p in prompts], starts, lengths, embeddings)}
+    hidden = model.model.language_model(inputs_embeds=embeddings, attention_mask=attention, position_ids=position_ids,
+                                        use_cache=False).last_hidden_state          # (B, N, H)
     row_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([sum(map(len, g)) for g in responses]))
     hidden = hidden[row_of.to(device), torch.cat(previous).to(device)]              # (tokens, H): response tokens only
     logps, entropy = token_logps(model, hidden, torch.cat(targets), temperature, banned, with_entropy)
