@@ -1,5 +1,6 @@
 """What the README promises about the repository is true: commands, paper map, file tree, links."""
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -31,16 +32,39 @@ def test_every_equation_is_in_the_paper_map():
 @pytest.mark.parametrize("number, row", ROWS)
 def test_what_an_equation_names_exists(number, row):
     _, code, test = (cell.strip() for cell in row.strip().split("|"))
-    if int(number) >= 14:
-        assert "later" in code
-        return
+    assert_exist(code, test)
+
+
+def assert_exist(code: str, test: str) -> None:
+    """Functions as `module.name`, tests as `path::name`; at least one of each."""
     names, tests = re.findall(r"`([\w.]+)`", code), re.findall(r"`(tests/\w+\.py)::(\w+)`", test)
-    assert names and tests, f"Eq. ({number}) names no function or no test"
+    assert names and tests, f"no function or no test: {code} | {test}"
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
     for path, function in tests:
         assert re.search(rf"^def {function}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), f"{path}::{function}"
+
+
+PAPER = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+PLACES = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAPER.splitlines() if re.match(r"\| [^|]", line) and "`" in line]
+
+
+def test_the_paper_page_has_every_equation():
+    said = " ".join(what for what, *_ in PLACES)
+    assert {int(n) for n in re.findall(r"\((\d+)\)", said)} >= set(range(1, 18))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=[place[0][:30] for place in PLACES])
+def test_what_the_paper_page_names_exists(place):
+    _, code, test, notebook = place
+    assert_exist(code, test)
+    if notebook:
+        chapter, _, heading = notebook.partition(": ")
+        [path] = (ROOT / "notebooks").glob(f"{chapter}_*.ipynb")
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        headings = [line[3:].strip() for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("## ")]
+        assert heading in headings, f"{path.name} has no heading {heading!r}"
 
 
 def test_the_file_tree_is_the_tree():
