@@ -185,9 +185,9 @@ def draw_curves(rows: Sequence[Mapping], panels: Sequence[str], path: Path, titl
     os.replace(temporary, path)
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Moving average over a fifteenth of the curve, over what there is of it at the ends."""
-    here, half = np.arange(len(values)), len(values) // 30
+def smooth(values: np.ndarray, share: float = 1 / 15) -> np.ndarray:
+    """Moving average over this share of the curve, over what there is of it at the ends."""
+    here, half = np.arange(len(values)), int(len(values) * share / 2)
     low, high = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])
     return (total[high] - total[low]) / (high - low)

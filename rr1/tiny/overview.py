@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, label in (("reward/deg", "r_deg, Eq. (6)"), ("reward/len", "r_len, Eq. (8)")):
         values = np.array([row[name] for row in rows])
         points, = curve.plot(steps, values, ".", markersize=3, alpha=0.35)
-        curve.plot(steps, figures.smooth(values), color=points.get_color(), label=label)
-    curve.set(xlabel="GRPO step", ylabel="mean reward of what was sampled")
+        curve.plot(steps, figures.smooth(values, 1 / 3), color=points.get_color(), label=label)
+    curve.set(xlabel="GRPO step (dots: each with other pictures)", ylabel="mean reward of what was sampled")
     curve.spines[["top", "right"]].set_visible(False)
     curve.legend(frameon=False, fontsize=8)
     temporary = config.out + ".tmp"
