@@ -91,8 +91,7 @@ def _draw(types, intensities, totals, lengths, words, target) -> Figure:
     by_length.legend(frameon=False, fontsize=8)
     top = common(words, 16)[::-1]
     by_word.barh([word for word, _ in top], [count for _, count in top], color="#7f7f7f")
-    by_word.set(title=f"vocabulary: {len(words)} different words of {sum(words.values())}; the most used of five letters or more",
-                xlabel="times used")
+    by_word.set(title=f"vocabulary: {len(words)} different words of {sum(words.values())}", xlabel="times used, of five letters or more")
     for axes in (by_type, by_intensity, by_length, by_word):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -31,6 +31,7 @@ from rr1.run_folder import to_json
 
 STEPS = ("influence", "reasoning", "conclusion", "length")
 PROMPTS = Path(__file__).parent / "prompts"
+FIRST_WAIT = 1.0  # seconds before a request is repeated for the first time; each further wait is twice as long
 
 
 class Rejected(Exception):
@@ -127,15 +128,17 @@ def _sentences(sentences: list[str]) -> str:
 
 
 def _shortened(chain: Chain, words: int) -> Chain:
-    """The first sentence of each section, then one more of each in turn, as long as the chain stays within `words` words."""
-    texts = (chain.influence, chain.reasoning, chain.conclusion)
-    left = [re.split(r"(?<=\.) ", text) for text in texts]
+    """The first sentence of each section, then one more of each in turn, as long as that brings the chain nearer to `words`."""
+    left = [re.split(r"(?<=\.) ", text) for text in (chain.influence, chain.reasoning, chain.conclusion)]
     kept = [[sentences.pop(0)] for sentences in left]
-    room = words - len(render(chain).split()) + sum(len(" ".join(sentences).split()) for sentences in left)
+    room = words - len(render(Chain(chain.degradations, *map(" ".join, kept), chain.answer)).split())
     while any(left) and room > 0:
         for here, there in zip(kept, left):
-            if there and (room := room - len(there[0].split())) >= 0:
-                here.append(there.pop(0))
+            if there:
+                sentence = there.pop(0)
+                if len(sentence.split()) <= 2 * room:
+                    here.append(sentence)
+                room -= len(sentence.split())
     return Chain(chain.degradations, *map(" ".join, kept), chain.answer)
 
 
@@ -155,7 +158,7 @@ class ChatTeacher:
 
     def __init__(self, model: str, base_url: str = "", answers: Path = Path("answers.jsonl"), price_in: float = 0.0,
                  price_out: float = 0.0, max_cost: float | None = None, per_minute: float = 0.0, retries: int = 6,
-                 max_tokens: int = 1024, timeout: float = 120.0, first_wait: float = 1.0):
+                 max_tokens: int = 1024, timeout: float = 120.0):
         try:
             import openai
         except ImportError:
@@ -165,7 +168,7 @@ class ChatTeacher:
             raise SystemExit(f"--teacher {model}: put your key into the environment variable OPENAI_API_KEY, or name a server of your own by --base-url")
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url or None, max_retries=0, timeout=timeout)
         self.model, self.prices, self.max_cost, self.retries = model, (price_in, price_out), max_cost, retries
-        self.max_tokens, self.interval, self.first_wait = max_tokens, 60 / per_minute if per_minute else 0.0, first_wait
+        self.max_tokens, self.interval = max_tokens, 60 / per_minute if per_minute else 0.0
         self.stopped, self.why = threading.Event(), ""
         self._lock, self._next, self._asking, self._dearest = threading.Lock(), 0.0, 0, 0.0
         self.receipts = read_rows(answers)
@@ -282,7 +285,7 @@ class ChatTeacher:
             with self._lock:
                 self._next = max(self._next, time.monotonic() + seconds)
         except (TypeError, ValueError):
-            seconds = min(60.0, self.first_wait * 2**tries)
+            seconds = min(60.0, FIRST_WAIT * 2**tries)
         self.stopped.wait(seconds * random.uniform(0.75, 1.25))
 
     def _without_key(self, text: str) -> str:
