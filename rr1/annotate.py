@@ -43,10 +43,10 @@ from tqdm import tqdm
 from degrade import Degradation, degrade, sample_degradations
 from rr1 import data_card, runtime
 from rr1.chain import Chain, build_question, is_well_formed, parse, render
-from rr1.questions import Source, Truth, read_questions
+from rr1.records import Source, Truth, read_questions, read_rows, write_bytes, write_forms
 from rr1.run_folder import to_json, write_text
 from rr1.runtime import opt
-from rr1.teachers import STEPS, ChatTeacher, NoAnswer, Rejected, Stop, fill, read_rows, template_teacher
+from rr1.teachers import STEPS, ChatTeacher, NoAnswer, Rejected, Stop, fill, template_teacher
 
 Teacher = Callable[..., str]
 
@@ -184,13 +184,6 @@ def annotate(source: Source, config: Config, teacher: Teacher, attempts: dict[st
             "choices": source.truth.choices, "answer": source.truth.answer, "teacher": config.teacher}
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 # ---------------------------------------------------------------- the folder
 
 
@@ -205,21 +198,6 @@ def open_folder(config: Config) -> None:
     for folder in (out / "images", out / "clean"):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", to_json(settings, indent=2) + "\n")
-
-
-def write_forms(out: Path, rows: list[dict], order: Sequence[str]) -> list[dict]:
-    """train.jsonl in the order of the questions, and the same for LLaMA-Factory; returns the rows in that order."""
-    place = {id: n for n, id in enumerate(order)}
-    rows = sorted(rows, key=lambda row: place.get(row["id"], len(place)))
-    write_text(out / "train.jsonl", "".join(to_json(row) + "\n" for row in rows))
-    roles = {"human": "user", "gpt": "assistant"}
-    write_text(out / "llamafactory.json", to_json(
-        [{"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]],
-          "images": [row["image"]]} for row in rows], indent=1) + "\n")
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    write_text(out / "dataset_info.json", to_json({"rr1": {"file_name": "llamafactory.json", "formatting": "sharegpt", "tags": tags,
-                                                           "columns": {"messages": "messages", "images": "images"}}}, indent=1) + "\n")
-    return rows
 
 
 def dry_run(config: Config, source: Source) -> None:

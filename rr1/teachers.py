@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import random
 import re
@@ -27,6 +26,7 @@ import cv2
 import numpy as np
 
 from rr1.chain import Chain, parse, render
+from rr1.records import read_rows
 from rr1.run_folder import to_json
 
 STEPS = ("influence", "reasoning", "conclusion", "length")
@@ -48,24 +48,6 @@ class NoAnswer(Exception):
 
 class Stop(Exception):
     """Nothing more can be asked: the key is refused, the money is spent, or somebody pressed Ctrl-C."""
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines that only ever grows, none if there is no file. Half a line at its end, which a killed
-    process left, is cut off."""
-    whole = b""
-    if path.exists():
-        found = path.read_bytes()
-        whole = found[:found.rfind(b"\n") + 1]
-        if whole != found:
-            os.truncate(path, len(whole))
-    rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise SystemExit(f"{path}:{number}: not JSON ({error}): repair or delete the line") from None
-    return rows
 
 
 def fill(step: str, fields: dict[str, Any]) -> str:
@@ -205,10 +187,11 @@ class ChatTeacher:
             digest.update(np.ascontiguousarray(image))
         return digest.hexdigest()[:32]
 
-    def stop(self, why: str) -> None:
-        """Let no thread ask anything more."""
+    def stop(self, why: str) -> Stop:
+        """Let no thread ask anything more; returns the exception that says why."""
         self.why = self.why or why
         self.stopped.set()
+        return Stop(self.why)
 
     def summary(self) -> str:
         """What was paid for, over all runs that wrote to the file."""
@@ -219,7 +202,7 @@ class ChatTeacher:
     def _ask(self, key: str, step: str, prompt: str, images: Sequence[np.ndarray]) -> dict:
         with self._lock:
             if self.max_cost is not None and self.spent + (self._asking + 1) * self._dearest > self.max_cost:
-                self.stop(f"--max-cost {self.max_cost:g} is reached: ${self.spent:.4f} spent")
+                raise self.stop(f"--max-cost {self.max_cost:g} is reached: ${self.spent:.4f} spent")
             self._asking += 1
         try:
             reply = self._request(step, prompt, images)
@@ -256,10 +239,11 @@ class ChatTeacher:
                 problem = "what came is not a chat completion"
             except self._openai.APIStatusError as error:
                 problem = f"HTTP {error.status_code}"
-                if error.status_code in (401, 403, 404):
-                    self.stop(f"{problem}: " + (f"there is no model {self.model!r} at {self._client.base_url}" if error.status_code == 404 else
-                                                "the key in OPENAI_API_KEY was not accepted"))
-                elif error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
+                if error.status_code in (401, 403):
+                    raise self.stop(f"{problem}: the key in OPENAI_API_KEY was not accepted") from None
+                if error.status_code == 404:
+                    raise self.stop(f"{problem}: there is no model {self.model!r} at {self._client.base_url}") from None
+                if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
                     raise Rejected(step, f"the server refuses the request, {problem}", self._without_key(str(error))) from None
                 asked_to_wait = error.response.headers.get("retry-after")
             except self._openai.APITimeoutError:

@@ -1,16 +1,20 @@
-"""Questions about photos, as the data construction begins with them: A-OKVQA's json, or JSON lines.
+"""The files on both sides of the data construction: questions about photos go in, a data set comes out.
 
-    {"image": "photos/7.jpg", "question": "what is it?", "choices": ["cat", "dog"], "answer": "dog"}
+    {"image": "photos/7.jpg", "question": "what is it?", "choices": ["cat", "dog"], "answer": "dog"}     # a question; or A-OKVQA's json
 """
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 from rr1.chain import Chain, build_question
 from rr1.rewards import choice_index
+from rr1.run_folder import to_json, write_text
+
+# ---------------------------------------------------------------- the questions
 
 
 class Truth(NamedTuple):
@@ -84,3 +88,46 @@ def _source(row: dict, folder: Path, number: str) -> Source:
         answer = str(index)
     Chain(answer=answer)  # ValueError for an answer with a tag in it
     return Source(str(row.get("id", row.get("question_id", number))), photo, Truth(question.strip(), choices, answer))
+
+
+# ---------------------------------------------------------------- the data set
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines that only ever grows, none if there is no file. Half a line at its end, which a killed
+    process left, is cut off."""
+    whole = b""
+    if path.exists():
+        found = path.read_bytes()
+        whole = found[:found.rfind(b"\n") + 1]
+        if whole != found:
+            os.truncate(path, len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise SystemExit(f"{path}:{number}: not JSON ({error}): repair or delete the line") from None
+    return rows
+
+
+def write_forms(out: Path, rows: list[dict], order: Sequence[str]) -> list[dict]:
+    """train.jsonl in the order of the questions, and the same for LLaMA-Factory; returns the rows in that order."""
+    place = {id: n for n, id in enumerate(order)}
+    rows = sorted(rows, key=lambda row: place.get(row["id"], len(place)))
+    write_text(out / "train.jsonl", "".join(to_json(row) + "\n" for row in rows))
+    roles = {"human": "user", "gpt": "assistant"}
+    write_text(out / "llamafactory.json", to_json(
+        [{"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]],
+          "images": [row["image"]]} for row in rows], indent=1) + "\n")
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    write_text(out / "dataset_info.json", to_json({"rr1": {"file_name": "llamafactory.json", "formatting": "sharegpt", "tags": tags,
+                                                           "columns": {"messages": "messages", "images": "images"}}}, indent=1) + "\n")
+    return rows
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
