@@ -43,7 +43,7 @@ def read_questions(path: Path, images: str = "") -> list[Source]:
     """A-OKVQA's json, or JSON lines of image, question, choices (absent or null: an open question), answer (index, letter or
     text) and perhaps id. SystemExit names the file, the entry and the field that is wrong."""
     if not path.is_file():
-        raise SystemExit(f"--data {path}: no such file; give A-OKVQA's json, or JSON lines of image, question, choices, answer")
+        raise SystemExit(f"--data {path}: not a file; give A-OKVQA's json, or JSON lines of image, question, choices, answer")
     folder, text = Path(images) if images else path.parent, path.read_text(encoding="utf-8")
     whole = text.lstrip().startswith("[")
     found, seen = [], {}

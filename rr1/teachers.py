@@ -144,7 +144,7 @@ class ChatTeacher:
         try:
             import openai
         except ImportError:
-            raise SystemExit(f"--teacher {model} needs the openai package: pip install 'rr1[teacher]', or leave the flag out") from None
+            raise SystemExit(f"--teacher {model} needs the openai package: pip install openai, or leave the flag out for the offline teacher") from None
         self._openai, self._key = openai, os.environ.get("OPENAI_API_KEY", "")
         if not self._key and not base_url:
             raise SystemExit(f"--teacher {model}: put your key into the environment variable OPENAI_API_KEY, or name a server of your own by --base-url")
