@@ -110,12 +110,14 @@ def scale_length(G: Teacher, C: Chain, words: Sequence[int] = (40, 40)) -> Chain
     total, text = sum(s for _, s in C.degradations), render(C)
     answer = ask(G, "length", [], chain=text, total=total, words=target_words(total, words), present=len(text.split()))
     scaled = parse(answer)
-    if not is_well_formed(answer) or None in (scaled.influence, scaled.reasoning, scaled.conclusion):
-        raise Rejected("length", "a tag is lost, or there is text outside the tags", answer)
+    if None in (scaled.influence, scaled.reasoning, scaled.conclusion):
+        raise Rejected("length", "a tag is lost", answer)
     if scaled.degradations != C.degradations:
         raise Rejected("length", "a type or an intensity is lost or changed", answer)
     if scaled.answer != C.answer:
         raise Rejected("length", f"the answer {C.answer!r} became {scaled.answer!r}", answer)
+    if not is_well_formed(answer):
+        raise Rejected("length", "tags out of place, or text outside them", answer)
     if not all((scaled.influence, scaled.reasoning, scaled.conclusion)):
         raise Rejected("length", "a section is empty", answer)
     return scaled

@@ -115,8 +115,10 @@ def test_comment_lines_of_a_template_are_not_sent():
 
 @pytest.mark.parametrize("answer, reason", [
     (render(CHAIN).replace("<REASONING_END>", ""), "a tag is lost"),
-    (render(CHAIN)[:-20], "a tag is lost"),
-    ("Here it is:\n" + render(CHAIN), "outside the tags"),
+    (render(CHAIN)[:-20], "the answer '1' became None"),
+    (render(CHAIN)[:120], "a tag is lost"),
+    ("Here it is:\n" + render(CHAIN), "text outside"),
+    (render(CHAIN).replace("noise", "fog"), "a type"),
     (render(Chain(D_D[:1], "a", "b", "c", "1")), "a type"),
     (render(CHAIN).replace("0.90", "0.9").replace("lens blur(0.47)", "lens blur(0.5)"), "an intensity"),
     (render(Chain(D_D, "a", "b", "c", "a wagon")), "the answer '1' became 'a wagon'"),
