@@ -102,7 +102,7 @@ def make_jobs(records: list[dict], levels: list[float] | None, seed: int) -> lis
     """What will be asked: rows of predictions.jsonl that lack their response. `levels` None: the records' own pictures only."""
     jobs = []
     for record in records:
-        line = record["where"].rpartition(":")[2]
+        line = str(record["number"])
         form = record.get("form") or ("choice" if record["choices"] else "open")
         answer = record["answer"] if form != "caption" else record.get("caption") or record["chain"].conclusion
         job = {"key": line, "id": record["id"], "form": form, "question": record["question"], "choices": record["choices"],
