@@ -178,10 +178,17 @@ def respond(config: Config, model, processor: vlm.Processor, jobs: list[dict], p
     """The jobs' rows, complete, batch by batch. A picture is read and encoded once for all the jobs on it."""
     batches = [jobs[i:i + config.batch] for i in range(0, len(jobs), config.batch)]
 
+    def opened(job: dict) -> Image.Image:
+        try:
+            return open_picture(picture(job))
+        except data.DataError as error:
+            place = f"{config.benchmark or config.data or 'test.jsonl'}:{job['key'].split()[0]}"
+            raise data.DataError(f"{place}: {error}") from error
+
     def load(k: int) -> tuple[list[tuple], tuple]:
         before = {picture(job) for job in batches[k - 1]} if k else set()
-        new = [key for key in dict.fromkeys(map(picture, batches[k])) if key not in before]
-        return new, processor.pixels([open_picture(key) for key in new]) if new else ()
+        new = {picture(job): job for job in batches[k] if picture(job) not in before}
+        return list(new), processor.pixels([opened(job) for job in new.values()]) if new else ()
 
     seen: dict[tuple, tuple] = {}                                                   # picture -> (1, 3) grid, [features]
     for k, (new, pixels) in data.prefetch(load, range(len(batches))):

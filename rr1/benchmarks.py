@@ -169,15 +169,15 @@ def read_r_bench(path: Path, images: Path, cache: Path) -> list[dict]:
         raise DataError(f"{path}: not in GB18030 ({error}): is it R-Bench's own file?") from error
     if missing := [name for name in needed if name not in (rows.fieldnames or ())]:
         raise DataError(f"{path}:1: no column {', '.join(missing)}; there are {', '.join(rows.fieldnames or ())}")
-    for row in rows:
-        where = f"{path}:{rows.line_num}"
-        more = {"strength": STRENGTHS.get((row["strength"] or "").strip()), "category": row["distortion"]}
-        form, answer, question = {"MCQ": "choice", "VQA": "open", "CAP": "caption"}.get(row["type"]), row["answer"].strip(), row["question"].strip()
+    for cells in rows:
+        where, row = f"{path}:{rows.line_num}", {name: (cells[name] or "").strip() for name in needed}
+        more = {"strength": STRENGTHS.get(row["strength"]), "category": row["distortion"]}
+        form, answer, question = {"MCQ": "choice", "VQA": "open", "CAP": "caption"}.get(row["type"]), row["answer"], row["question"]
         if form is None or more["strength"] is None:
             raise DataError(f"{where}: type is {row['type']!r} and strength {row['strength']!r}; expected MCQ, VQA or CAP and 1, 2 or 3")
         if form == "choice":
-            parts = re.split(r"(?:^|;)\s*([A-Z])\s*[.:]", row["choice"].strip())[1:]
-            options = {letter: text.strip(" ;") for letter, text in zip(parts[::2], parts[1::2])}
+            parts = re.split(r"(?:^|[;\uff1b])\s*([A-Z])\s*[.:\uff0e]", row["choice"])[1:]
+            options = {letter: text.strip(" ;\uff1b") for letter, text in zip(parts[::2], parts[1::2])}
             if answer not in options or list(options) != list(ascii_uppercase[:len(options)]):
                 raise DataError(f"{where}: answer {answer!r} to the choice {row['choice']!r}; expected a letter of `A.one; B.two`")
             question = choice_prompt(question, options)
@@ -244,7 +244,7 @@ def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -
                 try:
                     image = np.asarray(data.open_image(io.BytesIO(raw)))
                 except DataError as error:
-                    raise DataError(f"{where}: {error}") from error
+                    raise DataError(f"{where}: image cannot be read ({error.__cause__})") from error
             elif not cell:
                 raise DataError(f"{where}: no image inside the file, so none to damage")
             kind, damage_seed = drawn.get(row["index"] if image is not None else cell, ("", ""))

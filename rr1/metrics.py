@@ -291,7 +291,8 @@ def report_text(reports: dict[str, dict]) -> str:
         parts = [{key.replace("_", " "): n[key] for key in ("type_f1", "intensity_error", "length", "clean_called_damaged")} for n in numbers]
         table("Figure 6: types, intensities and length of the chain on damaged pictures; clean pictures called damaged.", parts, names=tuple(chains))
     against = {name: r["versus"] for name, r in reports.items() if "versus" in r}
-    change = lambda e: "-" if e is None else f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}] n {e['n']}, +{e['gained']} -{e['lost']}, p {e['p']:.2g}"
+    change = lambda e: "-" if e is None else (f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}] n {e['n']}, "
+                                              f"+{e['gained']} -{e['lost']}, p {e['p']:.2g}")
     table(f"Choice questions against {next(iter(reports))}, question by question: difference [95 % interval] n, answers turned right and wrong,\n"
           "and how probable so uneven a split is if neither is better (McNemar's exact test).", list(against.values()), change, tuple(against))
     return "\n\n".join(blocks)

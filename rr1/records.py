@@ -155,7 +155,7 @@ def _normal(raw: Any, where: str) -> dict:
     if not isinstance(raw, dict):
         raise DataError(f"{where}: holds {str(raw)[:40]!r}; expected an object, {{..}}")
     try:
-        raw = _aokvqa(raw) if "choices" in raw and "question_id" in raw else raw | _turns(raw)
+        raw = _aokvqa(raw) if "question_id" in raw and not raw.keys() & {"conversations", "messages"} else raw | _turns(raw)
         image = raw.get("images") or raw["image"]
     except KeyError as error:
         raise DataError(f"{where}: field {error} is missing; a record needs image and conversations with a human and a gpt turn") from error
@@ -177,7 +177,8 @@ def _turns(raw: dict) -> dict:
     for turn in raw.get("messages") or raw["conversations"]:
         speaker, text = turn["from"] if "from" in turn else turn["role"], turn["value"] if "value" in turn else turn["content"]
         if speaker not in ROLES or ROLES[speaker] in said or not isinstance(text, (str, int, float)):
-            raise ValueError(f"a turn of {speaker!r} says {str(text)[:40]!r}; expected one human (or user) and one gpt (or assistant) turn of plain text")
+            raise ValueError(f"a turn of {speaker!r} says {str(text)[:40]!r}; expected one human (or user) and one gpt (or assistant) turn, "
+                             "both plain text")
         said[ROLES[speaker]] = str(text)
     if said["human"].count("<image>") > 1:
         raise ValueError(f"the question has {said['human'].count('<image>')} times <image>; expected one picture")
@@ -196,7 +197,8 @@ def _aokvqa(raw: dict) -> dict:
 
 def _record(raw: dict, where: str, folder: Path, number: int) -> dict:
     chain = parse(raw["response"])
-    known = [Degradation(d["type"], float(d["intensity"])) for d in raw["degradations"]] if raw.get("degradations") is not None else chain.degradations
+    known = raw.get("degradations")
+    known = chain.degradations if known is None else [Degradation(d["type"], float(d["intensity"])) for d in known]
     paths = {key: os.path.join(folder, raw[key]) for key in ("image", "clean_image") if key in raw}
     _inside(folder, raw, where, os.path.realpath)
     return {"id": _own_id(where), "choices": None, "answer": chain.answer, **raw, **paths, "where": where, "number": number, "chain": chain,

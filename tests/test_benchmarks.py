@@ -34,7 +34,8 @@ def write_tsv(path, rows):
 
 ROWS = [{"index": 0, "image": picture(0), "question": 'What "is" it?\nLook well.', "hint": "", "A": "a cat", "B": "a dog", "C": "None", "D": "NaN",
          "answer": "B", "category": "animals", "l2-category": "pets", "split": "val"},
-        {"index": 7, "image": "0", "question": "And here?", "hint": "It barks.", "A": "yes", "B": "no", "C": "", "D": "", "answer": "A", "category": "words"},
+        {"index": 7, "image": "0", "question": "And here?", "hint": "It barks.", "A": "yes", "B": "no", "C": "", "D": "", "answer": "A",
+         "category": "words"},
         {"index": 8, "image": "9", "question": "Later?", "A": "yes", "B": "nan", "C": "no", "answer": "C", "category": "words"},
         {"index": 9, "image": f"['{picture(1, 300, 'PNG')}']", "question": "Large?", "A": "yes", "B": "no", "answer": "yes", "category": "animals"},
         {"index": 10, "image": picture(2, 40, "JPEG"), "question": "how many?", "answer": "two"}]
@@ -62,14 +63,16 @@ def test_a_tsv(tsv, tmp_path):
 
 
 def test_pictures_beside_a_tsv_and_damage_of_another_make(tmp_path):
-    path = write_tsv(tmp_path / "R-Bench-Dis.tsv", [{"index": 1, "image_path": "x/1.png", "question": "q", "A": "a", "B": "b", "answer": "A", "strength": "3"}])
+    row = {"index": 1, "image_path": "x/1.png", "question": "q", "A": "a", "B": "b", "answer": "A", "strength": "3"}
+    path = write_tsv(tmp_path / "R-Bench-Dis.tsv", [row])
     r, = benchmarks.read(path, tmp_path / "pictures", tmp_path)
     assert r["image"] == str(tmp_path / "pictures/x/1.png") and r["degradations"] is None and r["strength"] == "high" and "clean_image" not in r
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"image": picture(0)[:400]}, "cannot be read as an image"), ({"image": "a" * 101}, "not base64"), ({"image": ""}, "no image"), ({"image": "55"}, "no row of that index"),
-    ({"image": f"['{picture(0)}', '{picture(1)}']"}, "a list of several"), ({"answer": "D"}, "answer is 'D', the options are A, B, C")])
+    ({"image": picture(0)[:400]}, "cannot be read as an image"), ({"image": "a" * 101}, "not base64"), ({"image": ""}, "no image"),
+    ({"image": "55"}, "no row of that index"), ({"image": f"['{picture(0)}', '{picture(1)}']"}, "a list of several"),
+    ({"answer": "D"}, "answer is 'D', the options are A, B, C")])
 def test_a_bad_row_is_named(tmp_path, change, message):
     path = write_tsv(tmp_path / "x.tsv", [ROWS[1] | {"image": picture(3)}, ROWS[0] | change])
     with pytest.raises(data.DataError, match=rf"x\.tsv:4: .*{message}"):                 # the row's last line: its question has two
@@ -92,9 +95,11 @@ def test_a_bad_file_is_named(tmp_path):
 
 # ---------------------------------------------------------------- R-Bench and A-OKVQA
 
-R_BENCH = [{"name": "a.png", "question": "What is he doing?", "choice": "A.running; B.Play football;C.sitting; standing", "answer": "B", "type": "MCQ", "strength": "1"},
+R_BENCH = [{"name": "a.png", "question": "What is he doing?", "choice": "A.running; B.Play football;C.sitting; standing", "answer": "B",
+            "type": "MCQ", "strength": "1"},
            {"name": "b", "question": "What is it?", "choice": "N", "answer": "Caf\u00e9 \u94f6\u884c", "type": "VQA", "strength": "2"},
-           {"name": "c.png", "question": "Describe the image.", "choice": "N", "answer": "['a dog runs', \"a man's dog\", 'x', 'y', 'z']", "type": "CAP", "strength": "3"}]
+           {"name": "c.png", "question": "Describe the image.", "choice": "N", "answer": "['a dog runs', \"a man's dog\", 'x', 'y', 'z']",
+            "type": "CAP", "strength": "3"}]
 
 
 def write_r_bench(folder, rows):
@@ -119,16 +124,17 @@ def test_r_bench(tmp_path):
     assert mcq["image"] == str(tmp_path / "dis_image/a.png") and vqa["image"] == str(tmp_path / "dis_image/b.png")
 
 
-@pytest.mark.parametrize("i, change, message", [(0, {"answer": "E"}, "expected a letter"), (0, {"choice": "running"}, "expected a letter"), (1, {"type": "ABC"}, "expected MCQ"),
-                                                (1, {"strength": "9"}, "expected MCQ"), (2, {"answer": "a dog"}, "printed list"), (2, {"name": "gone.png"}, "there is no")])
+@pytest.mark.parametrize("i, change, message", [
+    (0, {"answer": "E"}, "expected a letter"), (0, {"choice": "running"}, "expected a letter"), (1, {"type": "ABC"}, "expected MCQ"),
+    (1, {"strength": "9"}, "expected MCQ"), (2, {"answer": "a dog"}, "printed list"), (2, {"name": "gone.png"}, "there is no")])
 def test_a_bad_row_of_r_bench_is_named(tmp_path, i, change, message):
     with pytest.raises(data.DataError, match=rf"Ref_Release\.csv:3: .*{message}"):
         benchmarks.read(write_r_bench(tmp_path, [R_BENCH[0], R_BENCH[i] | change]), None, tmp_path)
 
 
 def test_a_okvqa_is_asked_with_and_without_its_choices(tmp_path):
-    item = {"split": "val", "image_id": 7, "question_id": "q1", "question": "what?", "choices": ["cab", "train", "bus", "tram"], "correct_choice_idx": 1,
-            "direct_answers": ["train"] * 7 + ["tram"] * 2 + ["rail"], "difficult_direct_answer": False, "rationales": ["r"] * 3}
+    item = {"split": "val", "image_id": 7, "question_id": "q1", "question": "what?", "choices": ["cab", "train", "bus", "tram"],
+            "correct_choice_idx": 1, "direct_answers": ["train"] * 7 + ["tram"] * 2 + ["rail"], "difficult_direct_answer": False, "rationales": ["r"] * 3}
     (tmp_path / "a.json").write_text(json.dumps([item, item | {"question_id": "q2", "difficult_direct_answer": True}]))
     choice, direct, difficult = records = benchmarks.read(tmp_path / "a.json", tmp_path, tmp_path)
     assert choice["answer"] == "B" and choice["question"] == f"Question: what?\nOptions:\nA. cab\nB. train\nC. bus\nD. tram\n{benchmarks.REQUEST}"
@@ -150,9 +156,9 @@ def answer(response, plain=True):
 
 
 @pytest.mark.parametrize("said, letter", [
-    ("B", "B"), ("b", "B"), ("(B)", "B"), ("B. dog", "B"), ("a dog", "B"), ("Dog", "B"), ("The answer is B.", "B"), ("**C**", "C"), ("B is what I see in this", None),
-    ("A or B", None), ("it is the dog", "B"), ("dog and bird", None), ("E", None), ("", None), ("I do not know", None), ("1", "B"), ("0", "A"), ("1. dog", "B"), ("9", None),
-    ("well " * 9 + "a dog", None)])
+    ("B", "B"), ("b", "B"), ("(B)", "B"), ("B. dog", "B"), ("a dog", "B"), ("Dog", "B"), ("The answer is B.", "B"), ("**C**", "C"),
+    ("B is what I see in this", None), ("A or B", None), ("it is the dog", "B"), ("dog and bird", None), ("E", None), ("", None),
+    ("I do not know", None), ("1", "B"), ("0", "A"), ("1. dog", "B"), ("9", None), ("well " * 9 + "a dog", None)])
 def test_a_choice_is_read_and_never_guessed(said, letter):
     assert answers.read_choice(said, {"A": "cat", "B": "dog", "C": "bird"}) == letter
 
