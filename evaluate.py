@@ -8,10 +8,11 @@
     python evaluate.py --models sft=runs/sft/model mine=runs/brevity/model --out runs/eval-mine
     torchrun --nproc-per-node 8 evaluate.py --models sft=Jiaqi-hkust/Robust-R1-SFT rl=Jiaqi-hkust/Robust-R1-RL \\
         --data test.jsonl --images test_images --max-new-tokens 2048 --batch 16 --out runs/eval-3b
+    python evaluate.py --benchmark MMStar.tsv --models base=Qwen/Qwen2.5-VL-3B-Instruct rl=Jiaqi-hkust/Robust-R1-RL --max-new-tokens 2048
     python evaluate.py --image photo.jpg --question "what color is the star?" --choices red blue
 
 What is shown to a model: every record's own picture (Table 1, Figure 6) and, for choice questions with a known clean picture,
-that picture clean and damaged by one type, drawn for each picture, at each of --levels (Table 2).
+that picture clean and damaged by one type, drawn for each picture, at each of --levels (Table 2). Benchmarks: rr1/benchmarks.py.
 """
 from __future__ import annotations
 
@@ -19,15 +20,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 from zlib import crc32
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from degrade import degrade, sample_degradations
-from rr1 import data, figures, metrics, rollout, run_folder, runtime, tiny, vlm
+from degrade import degrade
+from rr1 import benchmarks, data, figures, metrics, rollout, run_folder, runtime, tiny, vlm, votes
 from rr1.chain import Chain, build_prompt, build_question, is_well_formed, parse
 from rr1.rewards import choice_index
 from rr1.runtime import opt
@@ -41,8 +42,9 @@ class Config:
     plain: list[str] = opt(["base"], "models that are asked the question alone, and whose whole response is the answer")
     model: str = opt("", "a single checkpoint, in place of --models; the one to ask about --image")
     data: str = opt("", "file of JSON lines; empty: the drawn world's test.jsonl, written on first use")
+    benchmark: str = opt("", "a benchmark's file in place of --data: R-Bench's csv, a VLMEvalKit tsv, A-OKVQA's json")
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
-    out: str = opt("runs/eval", "folder for predictions and report")
+    out: str = opt("", "folder for predictions and report; empty: runs/eval, of a benchmark runs/eval-ITS-NAME")
     limit: int = opt(0, "ask about this many records only; 0: all")
     table_2: bool = opt(True, "ask the choice questions again on clean pictures and at each level")
     levels: list[float] = opt([0.25, 0.5, 1.0], "intensities of Table 2 (0.23 0.45 0.9 in the published script)")
@@ -50,6 +52,8 @@ class Config:
     temperature: float = opt(0.0, "0: the likeliest token always; 1: sample")
     max_new_tokens: int = opt(128, "longest response")
     seed: int = opt(0, "fixes the damage of Table 2, what is sampled and the bootstrap")
+    judge: str = opt("", "address of an OpenAI-compatible endpoint whose votes score R-Bench; its key: OPENAI_API_KEY")
+    judge_model: str = opt("gpt-3.5-turbo", "what to ask for there")
     score_only: bool = opt(False, "report on the predictions that are there; no model is loaded")
     image: str = opt("", "ask about this one picture and print the chain")
     question: str = opt("", "what to ask about --image")
@@ -61,18 +65,23 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if config.image:
         return show_one(config, rt)
+    config.out = config.out or (f"runs/eval-{Path(config.benchmark).stem}" if config.benchmark else "runs/eval")
     out, models = Path(config.out), choose_models(config, rt)
     if not config.score_only:
-        with runtime.main_first(rt):
-            path = config.data or tiny.dataset("test")
-        records = data.read(path, config.images)[:config.limit or None]
+        with runtime.main_first(rt):                                                # who comes first writes what the others find
+            path = config.benchmark or config.data or tiny.dataset("test")
+            read = benchmarks.read(path, config.images, out / "images") if config.benchmark else data.read(path, config.images)
+        records = read[:config.limit or None]
         jobs = make_jobs(records, config.levels if config.table_2 else None, config.seed)
         for name, checkpoint in models.items():
             meta = {"model": checkpoint, "weights": fingerprint(checkpoint), "data": fingerprint(path), "seed": config.seed,
                     "plain": name in config.plain, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
             predict(config, rt, out / name, meta, jobs)
     if rt.is_main:
-        write_report(out, {name: read_predictions(out / name) for name in models}, config.seed)
+        rows = {name: read_predictions(out / name) for name in models}
+        for name in models if config.judge else ():
+            votes.vote(rows[name], config.judge, config.judge_model, out / name / "votes.jsonl")
+        write_report(out, rows, config.seed)
     runtime.teardown(rt)
 
 
@@ -98,26 +107,26 @@ def choose_models(config: Config, rt: runtime.Runtime) -> dict[str, str]:
 
 # ---------------------------------------------------------------- 1. predict
 
-def make_jobs(records: list[dict], levels: list[float] | None, seed: int) -> list[dict]:
+def make_jobs(records: Sequence[dict], levels: list[float] | None, seed: int) -> list[dict]:
     """What will be asked: rows of predictions.jsonl that lack their response. `levels` None: the records' own pictures only."""
     jobs = []
     for record in records:
-        line = record["where"].rpartition(":")[2]
+        key, known = str(record["number"]), record["degradations"]
         form = record.get("form") or ("choice" if record["choices"] else "open")
-        answer = record["answer"] if form != "caption" else record.get("caption") or record["chain"].conclusion
-        job = {"key": line, "id": record["id"], "form": form, "question": record["question"], "choices": record["choices"],
+        answer = record["answer"] if form != "caption" or "benchmark" in record else record.get("caption") or record["chain"].conclusion
+        job = {"key": key, "id": record["id"], "form": form, "question": record["question"], "choices": record["choices"],
                "answer": None if answer is None else str(answer), "true_response": None, "damage_seed": None}
-        truth = [d._asdict() for d in Chain(record["degradations"]).degradations]   # by their canonical names
-        jobs.append(job | {"shown": "as is", "image": record["image"], "degradations": truth,
-                           "true_response": record["response"]})
-        if levels is None or form != "choice" or "clean_image" not in record:
+        job |= {name: record[name] for name in benchmarks.FIELDS if name in record}
+        truth = None if known is None else [d._asdict() for d in Chain(known).degradations]     # by their canonical names
+        clean = record.get("clean_image")
+        if clean != record["image"]:
+            jobs.append(job | {"shown": "as is", "image": record["image"], "degradations": truth, "true_response": record["response"]})
+        if clean is None or clean != record["image"] and (levels is None or form != "choice"):
             continue
-        clean = record["clean_image"]
-        rng = np.random.default_rng([seed, crc32(Path(clean).name.encode())])       # one type and one seed for each picture
-        kind, damage_seed = sample_degradations(rng, 1, 1)[0].type, int(rng.integers(2**31))
-        jobs.append(job | {"key": f"{line} clean", "shown": "clean", "image": clean, "degradations": []})
-        jobs += [job | {"key": f"{line} {s:g}", "shown": f"{s:g}", "image": clean, "damage_seed": damage_seed,
-                        "degradations": [{"type": kind, "intensity": s}]} for s in levels]
+        kind, damage_seed = benchmarks.draw_damage(Path(clean).name, seed)
+        jobs.append(job | {"key": f"{key} clean", "shown": "clean", "image": clean, "degradations": []})
+        jobs += [job | {"key": f"{key} {s:g}", "shown": f"{s:g}", "image": clean, "damage_seed": damage_seed,
+                        "degradations": [{"type": kind, "intensity": s}]} for s in levels or ()]
     return jobs
 
 
@@ -169,10 +178,17 @@ def respond(config: Config, model, processor: vlm.Processor, jobs: list[dict], p
     """The jobs' rows, complete, batch by batch. A picture is read and encoded once for all the jobs on it."""
     batches = [jobs[i:i + config.batch] for i in range(0, len(jobs), config.batch)]
 
+    def opened(job: dict) -> Image.Image:
+        try:
+            return open_picture(picture(job))
+        except data.DataError as error:
+            place = f"{config.benchmark or config.data or 'test.jsonl'}:{job['key'].split()[0]}"
+            raise data.DataError(f"{place}: {error}") from error
+
     def load(k: int) -> tuple[list[tuple], tuple]:
         before = {picture(job) for job in batches[k - 1]} if k else set()
-        new = [key for key in dict.fromkeys(map(picture, batches[k])) if key not in before]
-        return new, processor.pixels([open_picture(key) for key in new]) if new else ()
+        new = {picture(job): job for job in batches[k] if picture(job) not in before}
+        return list(new), processor.pixels([opened(job) for job in new.values()]) if new else ()
 
     seen: dict[tuple, tuple] = {}                                                   # picture -> (1, 3) grid, [features]
     for k, (new, pixels) in data.prefetch(load, range(len(batches))):
@@ -239,41 +255,19 @@ def collect(folder: Path, order: dict[str, int]) -> None:
 # ---------------------------------------------------------------- 2. score, 3. report
 
 def write_report(out: Path, rows: dict[str, list[dict]], seed: int) -> None:
-    """Score the predictions; print and write report.txt, and write report.json and the plots."""
+    """Score the predictions; print and write report.txt, and write report.json and the plots. The first model is what the others
+    are compared with, question by question."""
     if empty := [name for name, found in rows.items() if not found]:
         raise SystemExit(f"{out} holds no predictions of {', '.join(empty)}: run again without --score-only")
     reports = {name: metrics.report(found, seed) for name, found in rows.items()}
-    text = report_text(reports)
+    first, *others = rows
+    for name in others:
+        reports[name]["versus"] = metrics.versus(rows[name], rows[first], seed)
+    text = metrics.report_text(reports)
     print(text)
     run_folder.write_text(out / "report.txt", text + "\n")
     run_folder.write_text(out / "report.json", run_folder.to_json(reports, indent=1) + "\n")
     print("\nwritten:", ", ".join(str(out / name) for name in ["report.txt", "report.json", *figures.draw_all(reports, out)]))
-
-
-def report_text(reports: dict[str, dict]) -> str:
-    """The tables, as Markdown."""
-    first, chains = next(iter(reports.values())), {name: r for name, r in reports.items() if "figure_6" in r}
-    levels = list(dict.fromkeys(key for r in reports.values() for key in r["table_2"]))
-    columns = ("r_deg", "r_len", "type_f1", "intensity_error", "well_formed", "choice_accuracy", "length", "truncated")
-    short = lambda e: "-" if e is None or e["value"] is None else f"{e['value']:.3f}"
-    row = lambda title, table, key: [title, *(metrics.cell(r[table].get(key)) for r in reports.values())]
-    blocks = [
-        "Damaged pictures, one line a model:",
-        metrics.markdown(["", *columns], [[name, *(short(r["summary"].get(c)) for c in columns)] for name, r in reports.items()]),
-        "Table 1: damaged pictures by total intensity (low < 0.5, mid < 1, high). Choice and open: share right; captions: F1 of\n"
-        "phrases. value [95 % interval] n. An unread answer counts as wrong. Overall is the plain mean of the nine cells.",
-        metrics.markdown(["", *reports], [row(key, "table_1", key) for key in first["table_1"]])]
-    if levels:
-        rows = [row(key if key == "clean" else f"{float(key):.0%}", "table_2", key) for key in levels]
-        blocks += ["Table 2: choice questions on the clean picture and on it damaged by one type at each intensity: share right.",
-                   metrics.markdown(["", *reports], rows)]
-    if chains:
-        numbers = [r["figure_6"] | r["summary"] for r in chains.values()]
-        rows = [[key.replace("_", " "), *(metrics.cell(n[key]) for n in numbers)]
-                for key in ("type_f1", "intensity_error", "length", "clean_called_damaged")]
-        blocks += ["Figure 6: types, intensities and length of the chain on damaged pictures; clean pictures called damaged.",
-                   metrics.markdown(["", *chains], rows)]
-    return "\n\n".join(blocks)
 
 
 # ---------------------------------------------------------------- one picture

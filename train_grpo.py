@@ -37,6 +37,8 @@ class Config:
     data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("rl", "which share of the data: the paper's 75 percent for RL, its 25 for fine-tuning, or all", ["rl", "sft", "all"])
+    skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
+    max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
     out: str = opt("runs/grpo", "the run's folder")
     steps: int = opt(80, "rollouts; each is followed by --mu optimizer steps")
     prompts: int = opt(16, "groups a step, over all processes")
@@ -85,9 +87,11 @@ def main(argv: list[str] | None = None) -> None:
     run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
-    records = data.split(data.read(path, config.images), config.part)
+    records = data.split(data.read(path, config.images, config.skip_bad), config.part)
 
     policy, processor = vlm.load(config.model, device=rt.device)
+    if config.skip_bad:
+        records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
     vlm.freeze_vision(policy)
     reference = None
     if config.beta:
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         indices = data.batch_indices(len(records), B, step, config.seed)
         chosen = [records[indices[place]] for place in places]
         chosen = [r | {"length": len(processor.response_ids(r["response"])) - 1} for r in chosen]
-        return chosen, [data.seed_for(config.seed, step, place) for place in places], data.load_batch(chosen, processor)
+        return chosen, [data.seed_for(config.seed, step, place) for place in places], data.load_batch(chosen, processor, config.max_image_tokens)
 
     def score(model, prompts, responses, **options):
         with rt.autocast():

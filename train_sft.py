@@ -30,6 +30,8 @@ class Config:
     data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
+    skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
+    max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
     out: str = opt("runs/sft", "the run's folder")
     steps: int = opt(400, "optimizer steps")
     batch: int = opt(32, "records a step, over all processes")
@@ -65,9 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
-    records = data.split(data.read(path, config.images), config.part)
+    records = data.split(data.read(path, config.images, config.skip_bad), config.part)
 
     model, processor = vlm.load(config.model, device=rt.device)
+    if config.skip_bad:
+        records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     def load(step: int) -> tuple[data.Batch, list[list[int]]]:
         share = data.batch_indices(len(records), config.batch, step, config.seed)[rt.rank::rt.world_size]
         chosen = [records[i] for i in share]
-        return data.load_batch(chosen, processor), [processor.response_ids(r["response"]) for r in chosen]
+        return data.load_batch(chosen, processor, config.max_image_tokens), [processor.response_ids(r["response"]) for r in chosen]
 
     with runtime.Interrupt(rt) as interrupt:
         for step, (batch, responses) in data.prefetch(load, range(first, config.steps)):

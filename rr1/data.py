@@ -1,15 +1,9 @@
-"""Records on disk -> examples -> batches.
-
-A data set is a file of JSON lines in the released form of Robust-R1, with our own keys beside it where they are known:
-
-    {"id": "7", "image": "images/7.png", "conversations": [{"from": "human", "value": "<image>what is it?\n0. cat 1. dog"},
-                                                           {"from": "gpt", "value": "<TYPE>noise(0.20)<TYPE_END>.."}],
-     "choices": ["cat", "dog"], "answer": "0", "degradations": [{"type": "noise", "intensity": 0.2}], "seed": 7, ..}
-"""
+"""Records -> the 25 / 75 split -> pictures -> batches. What a record is, and how one is read: `rr1.records`."""
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,70 +12,27 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from degrade import Degradation
-from rr1.chain import build_prompt, parse
+from rr1 import runtime
+from rr1.chain import build_prompt
+from rr1.records import DataError, Records, read  # noqa: F401
+from rr1.run_folder import to_json, write_text
 from rr1.vlm import Processor, Prompt, encode_images, make_prompt
 
 SFT_SHARE = 0.25                     # section 5: 25 % of the data for supervised fine-tuning, 75 % for reinforcement learning
 
 
-class DataError(ValueError):
-    """A record that cannot be used; the message names the file, the line and the field."""
-
-
-def read(path: str | Path, image_folder: str | Path | None = None) -> list[dict]:
-    """Every record of a JSON-lines file. `image` paths are relative to `image_folder` (default: the file's own folder).
-
-    Each comes back with: `id`, `image` (full path), `question` (text, choices included), `response` (the true chain as written),
-    `chain` (parsed), `answer`, `choices` (or None), `degradations`, `where` (file:line), and whatever else the line held.
-    """
-    path = Path(path)
-    folder = Path(image_folder) if image_folder else path.parent
-    if not path.is_file():
-        raise SystemExit(f"--data {path}: no such file. Give a file of JSON lines, or leave --data out for the drawn world.")
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                records.append(_record(line, f"{path}:{number}", folder))
-    if not records:
-        raise DataError(f"{path}: holds no records")
-    return records
-
-
-def _record(line: str, where: str, folder: Path) -> dict:
-    try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}): repair or remove the line") from error
-    try:
-        image, turns = raw["image"], {turn["from"]: str(turn["value"]) for turn in raw["conversations"]}
-        question, response = turns["human"].replace("<image>", "").strip(), turns["gpt"]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where}: field {error} is missing; a record needs image and conversations with a human and a gpt turn") from error
-    image = image[0] if isinstance(image, list) and len(image) == 1 else image
-    if not all(isinstance(path, str) for path in (image, raw.get("clean_image", ""))):
-        raise DataError(f"{where}: image is {image!r}, clean_image {raw.get('clean_image')!r}; expected one path each, relative to the image folder")
-    chain = parse(response)
-    try:
-        known = [Degradation(d["type"], float(d["intensity"])) for d in raw["degradations"]] if "degradations" in raw else chain.degradations
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f'{where}: degradations are {raw["degradations"]!r}; expected a list of {{"type": .., "intensity": ..}}') from error
-    record = {"id": where.rpartition("/")[-1], "choices": None, "answer": chain.answer, **raw, "where": where, "image": str(folder / image),
-              "question": question, "response": response, "chain": chain, "degradations": known}
-    if "clean_image" in raw:
-        record["clean_image"] = str(folder / raw["clean_image"])
-    return record
-
-
-def split(records: Sequence[dict], part: str, seed: int = 0) -> list[dict]:
+def split(records: Sequence[dict], part: str, seed: int = 0) -> Sequence[dict]:
     """The records for `sft` (25 %) or `rl` (75 %), or `all`: by a hash of seed and id, so that a record never changes sides
     when others come or go, and no record is in both."""
-    def share(record: dict) -> float:
-        digest = hashlib.sha256(f"{seed}:{record['id']}".encode()).digest()
+    def share(id: object) -> float:
+        digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
-    return [r for r in records if part == "all" or (share(r) < SFT_SHARE) == (part == "sft")]
+    known = isinstance(records, Records)                # then ids are there without parsing
+    ids = records.ids if known else [r["id"] for r in records]
+    chosen = [i for i, id in enumerate(ids) if part == "all" or (share(id) < SFT_SHARE) == (part == "sft")]
+    return records.only(chosen) if known else [records[i] for i in chosen]
 
 
 def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
@@ -102,12 +53,55 @@ def seed_for(*numbers: int) -> int:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An RGB picture, whole; an error names the file."""
+    """An RGB picture, whole; an error names the file. One of more than 89 million pixels is refused before it is decoded."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}: make it smaller")
             return image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:                          # a broken file can fail in any place of any decoder
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def open_picture(record: dict, processor: Processor, max_image_tokens: int = 0) -> Image.Image:
+    """A record's picture; an error names the record's file and line too. `max_image_tokens` 0: any number of them."""
+    try:
+        image = open_image(record["image"])
+        tokens = processor.image_tokens(image.width, image.height)
+    except ValueError as error:
+        raise DataError(f"{record['where']}: {error}") from error
+    if max_image_tokens and tokens > max_image_tokens:
+        raise DataError(f"{record['where']}: {record['image']} ({image.width} x {image.height}) takes {tokens} tokens, more than "
+                        f"--max-image-tokens {max_image_tokens}: make it smaller, or leave it out with --skip-bad")
+    return image
+
+
+def leave_out_bad(records: Records, processor: Processor, max_image_tokens: int, out: Path, rt: runtime.Runtime) -> Records:
+    """--skip-bad: the records whose pictures can be used, every one of them tried once. What is left out, lines that `read` could
+    not use included, is printed and written to out/skipped.json; a resumed run goes by that file."""
+    path = out / "skipped.json"
+
+    def problem(i: int) -> str | None:
+        try:
+            open_picture(records[i], processor, max_image_tokens)
+        except DataError as error:
+            return str(error)
+
+    with runtime.main_first(rt):
+        if rt.is_main and not path.exists():
+            found: dict[int, str] = {}
+            with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(records), desc="trying pictures", delay=2, disable=None) as bar:
+                for start in range(0, len(records), 1000):              # not all at once: each waiting call takes memory
+                    part = range(len(records))[start:start + 1000]
+                    found |= {i: why for i, why in zip(part, pool.map(problem, part)) if why}
+                    bar.update(len(part))
+            write_text(path, to_json({"lines": records.bad, "pictures": found}, indent=1))
+    skipped = json.loads(path.read_text(encoding="utf-8"))
+    reasons = [*skipped["lines"], *skipped["pictures"].values()]
+    if rt.is_main and reasons:
+        more = [f".. and {len(reasons) - 10} more in {path}"] if len(reasons) > 10 else []
+        print("\n  ".join([f"{len(reasons)} bad records are left out ({path}):", *reasons[:10], *more]), flush=True)
+    return records.only([i for i in range(len(records)) if str(i) not in skipped["pictures"]])
 
 
 @dataclass
@@ -129,9 +123,10 @@ def collate(texts: Sequence[str], images: Sequence[Image.Image], processor: Proc
     return Batch([processor.prompt_ids(text, [n]) for text, n in zip(texts, processor.visual_tokens(grid))], pixel_values, grid)
 
 
-def load_batch(records: Sequence[dict], processor: Processor) -> Batch:
+def load_batch(records: Sequence[dict], processor: Processor, max_image_tokens: int = 0) -> Batch:
     """The prompts of Eq. (1) for these records: picture and question, and a request for the chain."""
-    return collate([build_prompt(r["question"]) for r in records], [open_image(r["image"]) for r in records], processor)
+    images = [open_picture(r, processor, max_image_tokens) for r in records]
+    return collate([build_prompt(r["question"]) for r in records], images, processor)
 
 
 def encode(model, batch: Batch) -> list[Prompt]:

@@ -26,7 +26,7 @@ Reports = dict[str, dict]
 def draw_all(reports: Reports, out: Path) -> list[str]:
     """Draw what there is data for, for each plot all models together; returns the files' names."""
     chains = {name: r for name, r in reports.items() if "figure_6" in r}
-    plots = {"table_1.png": table_1(reports)}
+    plots = {"table_1.png": table_1(reports)} if all(r["table_1"] for r in reports.values()) else {}
     if any(len(r["table_2"]) > 1 for r in reports.values()):
         plots["table_2.png"] = table_2(reports)
     if chains:

@@ -1,131 +1,33 @@
 """What an evaluation reports, computed from the rows of predictions.jsonl and nothing else.
 
-    one prediction   score_answer, caption_f1, count_types, judge
-    many             measures, level, table_1, table_2, figure_6, confusion, report
-    how sure         wilson (shares), bootstrap (means and ratios), bootstrap_cells, paired_difference
+    one prediction   judge, count_types           (what is right: rr1.answers)
+    many             measures, level, table_1, table_2, categories, versus, figure_6, confusion, report
+    as text          cell, markdown, report_text  (how sure: rr1.intervals)
 
-A row is a dict: form ("choice", "open", "caption"), choices, answer (the true one), degradations (what is on the picture shown),
-shown ("as is", "clean", or the level as text), plain (asked without a chain), response, length, truth_length, truncated.
+A row is a dict: form ("choice", "open", "caption", "direct"), choices, answer (the true one), degradations (what is on the picture
+shown; None: not known), shown ("as is", "clean", or the level as text), plain (asked without a chain), response, length,
+truth_length, truncated; of a benchmark also `benchmarks.FIELDS`, and votes if a judge was asked.
 """
 from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 import numpy as np
 
 from degrade import DEGRADATIONS, Degradation
+from rr1.answers import find_answer, score_answer, score_benchmark
 from rr1.chain import is_well_formed, parse
-from rr1.rewards import plain as plain_text
-from rr1.rewards import choice_index, r_deg, r_len
+from rr1.intervals import Estimate, bootstrap, bootstrap_cells, mcnemar, paired_difference, wilson
+from rr1.rewards import r_deg, r_len
 
 FORMS, LEVELS = ("choice", "open", "caption"), ("low", "mid", "high")
 TYPES = (*DEGRADATIONS, "other")     # "other": a name that is not one of the sixteen
-Z = 1.959964                         # 95 % of a normal distribution lies within this many deviations
-DRAWS = 2000                         # bootstrap resamples
 WIDTH = 0.25                         # of the bins of total intensity in Figure 6 (B)
 
 
-# ---------------------------------------------------------------- how sure
-
-class Estimate(NamedTuple):
-    """A value with its 95 % interval over n observations; all None where n = 0."""
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-
-def wilson(right: float, n: int) -> Estimate:
-    """A share right / n with Wilson's score interval, which stays inside [0, 1] and is not empty at 0 or 1."""
-    if n == 0:
-        return Estimate(None, None, None, 0)
-    p, shrink = right / n, 1 + Z * Z / n
-    centre = (p + Z * Z / (2 * n)) / shrink
-    half = Z / shrink * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
-
-
-def bootstrap(numerators: Sequence[float], denominators: Sequence[float] | None = None, seed: int = 0) -> Estimate:
-    """sum(numerators) / sum(denominators) over records, which are resampled; without denominators it is the mean.
-    n counts the records whose denominator is not 0. Percentile interval."""
-    above, below = _pair(numerators, denominators)
-    n = int((below != 0).sum())
-    if n == 0:
-        return Estimate(None, None, None, 0)
-    return Estimate(float(above.sum() / below.sum()), *_interval(_resampled(above, below, _picks(len(above), seed))), n)
-
-
-def bootstrap_cells(cells: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
-    """The plain mean of the cells' means, each cell resampled within itself; empty cells are left out. n: observations."""
-    cells = [np.asarray(cell, float) for cell in cells if len(cell)]
-    if not cells:
-        return Estimate(None, None, None, 0)
-    draws = [_resampled(cell, np.ones_like(cell), _picks(len(cell), seed + i)) for i, cell in enumerate(cells)]
-    return Estimate(float(np.mean([cell.mean() for cell in cells])), *_interval(np.mean(draws, 0)), sum(map(len, cells)))
-
-
-def paired_difference(after: tuple, before: tuple, seed: int = 0) -> Estimate:
-    """How much `after` is above `before`: both are (numerators, denominators or None) over the same records in the same
-    order. Both are resampled together, so what makes a record hard for both falls out."""
-    (above, below), (above_0, below_0) = _pair(*after), _pair(*before)
-    if len(above) != len(above_0):
-        raise ValueError(f"{len(above)} records after and {len(above_0)} before: a paired difference needs the same records")
-    if not below.any() or not below_0.any():
-        return Estimate(None, None, None, 0)
-    picks = _picks(len(above), seed)
-    value = above.sum() / below.sum() - above_0.sum() / below_0.sum()
-    return Estimate(float(value), *_interval(_resampled(above, below, picks) - _resampled(above_0, below_0, picks)), len(above))
-
-
-def _pair(numerators, denominators=None) -> tuple[np.ndarray, np.ndarray]:
-    above = np.asarray(numerators, float)
-    return above, np.ones_like(above) if denominators is None else np.asarray(denominators, float)
-
-
-def _picks(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(n, size=(DRAWS, n))
-
-
-def _resampled(above: np.ndarray, below: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):                       # a resample in which nothing counts is no number
-        return above[picks].sum(1) / below[picks].sum(1)
-
-
-def _interval(draws: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return float(low), float(high)
-
-
 # ---------------------------------------------------------------- one prediction
-
-def caption_phrases(text: str) -> Counter:
-    """Comma-separated phrases, the ground as one of its own: `a red star top left, a blue ring top right on sand` has three."""
-    things, on, ground = text.rpartition(" on ")
-    phrases = [*things.split(","), f"on {ground}"] if on else text.split(",")
-    return Counter(phrase for phrase in map(plain_text, phrases) if phrase)
-
-
-def caption_f1(caption: str, truth: str) -> float:
-    """F1 over phrases, each counted once for each time that it stands there."""
-    said, true = caption_phrases(caption), caption_phrases(truth)
-    return 2 * (said & true).total() / max(1, said.total() + true.total())
-
-
-def score_answer(answer: str | None, form: str, truth: str, choices: Sequence[str] | None) -> tuple[float, bool]:
-    """(score in [0, 1], whether there was something to score). An answer that names no choice is wrong and unparsed, never
-    guessed at; a choice may be named by index, letter or text."""
-    if not answer or not answer.strip():
-        return 0.0, False
-    if form == "caption":
-        return caption_f1(answer, truth), True
-    right = choice_index(truth, choices) if choices else None
-    if right is not None:
-        picked = choice_index(answer, choices)
-        return float(picked == right), picked is not None
-    return float(plain_text(answer) == plain_text(truth)), True
-
 
 def count_types(predicted: list[Degradation], truth: list[Degradation]) -> dict[str, float]:
     """Of a one-to-one matching by type: how many are "named", "true", "matched", and the matches' summed |ds|, "error".
@@ -139,20 +41,30 @@ def count_types(predicted: list[Degradation], truth: list[Degradation]) -> dict[
 
 
 def judge(row: dict) -> dict:
-    """The row with what is to be said about it: score, parsed; of a chain also said (the types it names), r_deg, r_len
-    (None where there is no true chain), well_formed, and the counts of `count_types`."""
-    truth = [Degradation(**d) for d in row["degradations"]]
+    """The row with what is to be said about it: score, parsed, by ("proxy" or "votes", where it is not exact); of a chain also said
+    (the types it names), r_deg (None where the damage is not known), r_len (None where there is no true chain), well_formed, and
+    the counts of `count_types`."""
+    known = row["degradations"] is not None
+    truth = [Degradation(**d) for d in row["degradations"] or ()]
     answer = response = row["response"]
-    facts = {"true_types": truth, "total": round(sum(s for _, s in truth), 6)}
+    facts = {"true_types": truth, "total": round(sum(s for _, s in truth), 6), "by": ""}
     if not row["plain"]:
         chain = parse(response)
         answer = chain.conclusion if row["form"] == "caption" else chain.answer
-        facts |= {"said": chain.degradations, "r_deg": r_deg(chain.degradations, truth), "well_formed": is_well_formed(response),
+        facts |= {"said": chain.degradations, "r_deg": r_deg(chain.degradations, truth) if known else None,
                   "r_len": r_len(row["length"], row["truth_length"]) if row["truth_length"] else None,
-                  **count_types(chain.degradations, truth)}
+                  "well_formed": is_well_formed(response), **count_types(chain.degradations if known else [], truth)}
     if row["answer"] is None:                                 # nothing to compare with
         return row | facts | {"score": None, "parsed": None}
-    score, parsed = score_answer(answer, row["form"], row["answer"], row["choices"])
+    if "votes" in row:                                        # of (votes, the most that a vote can be)
+        given = [vote for vote in row["votes"] if vote is not None]
+        facts["by"], parsed = "votes", len(given) == len(row["votes"]) > 0
+        score = sum(given) / (row["most"] * max(1, len(row["votes"])))
+    elif "benchmark" in row:
+        facts["by"] = "proxy" if row["form"] in ("open", "caption") else ""
+        score, parsed = score_benchmark(find_answer(response, row["form"]), row)
+    else:
+        score, parsed = score_answer(answer, row["form"], row["answer"], row["choices"])
     return row | facts | {"score": score, "parsed": parsed}
 
 
@@ -173,7 +85,8 @@ def measures(judged: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]
     chain = {}
     if not any(r["plain"] for r in judged):
         told = np.array([r["r_len"] is not None for r in judged], float)
-        chain = {"r_deg": (column("r_deg"), one), "r_len": (column("r_len"), told),
+        known = np.array([r["r_deg"] is not None for r in judged], float)
+        chain = {"r_deg": (column("r_deg"), known), "r_len": (column("r_len"), told),
                  "type_f1": (2 * column("matched"), column("named") + column("true")),
                  "intensity_error": (column("error"), column("matched")), "well_formed": (column("well_formed"), one)}
     return chain | {"choice_accuracy": (score * choice, choice), "length": (column("length"), one),
@@ -189,35 +102,80 @@ def summary(judged: Sequence[dict], seed: int = 0) -> dict[str, Estimate]:
             for name, (above, below) in measures(judged).items()}
 
 
+def is_damaged(r: dict) -> bool:
+    """A record's own picture that is damaged, whether by what is known or not."""
+    return r["shown"] == "as is" and bool(r["true_types"] or r["degradations"] is None)
+
+
+def strength(r: dict) -> str | None:
+    """low, mid, high: a benchmark's own, or by the total intensity; None where neither is known."""
+    return r.get("strength") or (level(r["total"]) if r["true_types"] else None)
+
+
 def damaged(judged: Sequence[dict]) -> list[dict]:
-    """The records' own pictures, less those that are clean."""
-    return [r for r in judged if r["shown"] == "as is" and r["true_types"]]
+    """The records' own pictures, less those that are clean; where all are clean, what was damaged here."""
+    return [r for r in judged if is_damaged(r)] or [r for r in judged if r["shown"] != "as is" and r["true_types"]]
+
+
+def share(rows: Sequence[dict], seed: int = 0) -> dict:
+    """Mean score of judged rows as a dict: Wilson's interval where all are right or wrong, the bootstrap's elsewhere; how many
+    answers could not be read; by what it was scored, if not exactly."""
+    scores = [r["score"] for r in rows]
+    whole = all(score in (0, 1) for score in scores) and not any(r["form"] == "caption" for r in rows)
+    estimate = wilson(sum(scores), len(scores)) if whole else bootstrap(scores, seed=seed)
+    by = " and ".join(sorted({r["by"] for r in rows} - {""}))
+    return estimate._asdict() | {"unparsed": sum(not r["parsed"] for r in rows)} | ({"by": by} if by else {})
+
+
+def means(cells: Sequence[Sequence[dict]], rows: Sequence[dict], seed: int = 0) -> tuple[dict, dict]:
+    """The plain mean of the cells and the mean over all rows."""
+    scores = [[r["score"] for r in cell] for cell in cells]
+    by = {"by": share(rows)["by"]} if any(r["by"] for r in rows) else {}
+    return bootstrap_cells(scores, seed)._asdict() | by, bootstrap([r["score"] for r in rows], seed=seed)._asdict() | by
 
 
 def table_1(judged: Sequence[dict], seed: int = 0) -> dict:
-    """Table 1's form: damaged pictures, three forms of question by three levels of total intensity. Choice and open: the share
-    right; captions: mean F1. "overall" is the plain mean of the cells, "per question" the mean over questions."""
-    rows = [r for r in damaged(judged) if r["score"] is not None]
-    cells = {f"{form} {strength}": [r for r in rows if r["form"] == form and level(r["total"]) == strength]
-             for form in FORMS for strength in LEVELS}
-    scores = {name: [r["score"] for r in cell] for name, cell in cells.items()}
-    table = {name: (bootstrap(values, seed=seed) if name.startswith("caption") else wilson(sum(values), len(values)))._asdict()
-             | {"unparsed": sum(not r["parsed"] for r in cells[name])} for name, values in scores.items()}
-    table["overall"] = bootstrap_cells(list(scores.values()), seed)._asdict() | {"cells": sum(map(bool, scores.values()))}
-    table["per question"] = bootstrap([r["score"] for r in rows], seed=seed)._asdict()
+    """Table 1's form: damaged pictures, three forms of question by three levels of strength, which is a benchmark's own or comes
+    from the total intensity. Choice and open: the share right; captions: mean F1; of R-Bench, votes or a proxy for them.
+    "overall" is the plain mean of the cells, "per question" the mean over questions."""
+    rows = [r for r in judged if is_damaged(r) and r["score"] is not None]
+    cells = {f"{form} {grade}": [r for r in rows if r["form"] == form and strength(r) == grade] for form in FORMS for grade in LEVELS}
+    table = {name: share(cell, seed) for name, cell in cells.items()}
+    table["overall"], table["per question"] = means(list(cells.values()), rows, seed)
+    table["overall"]["cells"] = sum(map(bool, cells.values()))
     return table
 
 
-def table_2(judged: Sequence[dict]) -> dict:
-    """Table 2's form, the aim of Eq. (2): the same choice questions on the clean picture and on it damaged at each level."""
+def table_2(judged: Sequence[dict], form: str = "choice", seed: int = 0) -> dict:
+    """Table 2's form, the aim of Eq. (2): the same questions on the clean picture and on it damaged at each level."""
     shown = sorted({r["shown"] for r in judged} - {"as is", "clean"}, key=float)
-    table = {}
-    for name in ["clean", *shown]:
-        cell = [r for r in judged if r["shown"] == name and r["score"] is not None]
-        if cell:
-            unparsed = sum(not r["parsed"] for r in cell)
-            table[name] = wilson(sum(r["score"] for r in cell), len(cell))._asdict() | {"unparsed": unparsed}
-    return table
+    cells = {name: [r for r in judged if r["shown"] == name and r["form"] == form and r["score"] is not None] for name in ["clean", *shown]}
+    return {name: share(cell, seed) for name, cell in cells.items() if cell}
+
+
+def categories(judged: Sequence[dict], seed: int = 0) -> dict:
+    """Choice questions of a benchmark by its categories (of R-Bench, by distortion), on the pictures as they came."""
+    rows = [r for r in judged if r["shown"] in ("as is", "clean") and r["form"] == "choice" and r.get("category") and r["score"] is not None]
+    cells = {name: [r for r in rows if r["category"] == name] for name in sorted({r["category"] for r in rows})}
+    if not cells:
+        return {}
+    mean, item = means(list(cells.values()), rows, seed)
+    return {name: share(cell, seed) for name, cell in cells.items()} | {"mean of categories": mean, "per question": item}
+
+
+def versus(after: Sequence[dict], before: Sequence[dict], seed: int = 0) -> dict:
+    """Two models on the same choice questions, for each way they were shown: the difference with its paired interval, how many
+    answers turned right (gained) and wrong (lost), and McNemar's exact p. Rows of predictions.jsonl in, those of both are compared."""
+    judged = [{r["key"]: judge(r) for r in rows if r["form"] == "choice"} for rows in (after, before)]
+    pairs = [(row, judged[1][key]) for key, row in judged[0].items() if key in judged[1] and row["score"] is not None]
+    place = lambda r: r["shown"] if r["shown"] != "as is" else strength(r) or "as is"
+    out, order = {}, ["as is", *LEVELS, "clean"]
+    for name in sorted({place(a) for a, _ in pairs}, key=lambda name: (order.index(name), 0) if name in order else (9, float(name))):
+        scores = np.array([(a["score"], b["score"]) for a, b in pairs if place(a) == name])
+        gained, lost = (int((scores[:, i] > scores[:, 1 - i]).sum()) for i in (0, 1))
+        difference = paired_difference((scores[:, 0], None), (scores[:, 1], None), seed)
+        out[name] = difference._asdict() | {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    return out
 
 
 def confusion(pairs: Sequence[tuple[list[Degradation], list[Degradation]]]) -> np.ndarray:
@@ -274,9 +232,14 @@ def figure_6(judged: Sequence[dict], seed: int = 0) -> dict:
 def report(rows: Sequence[dict], seed: int = 0) -> dict:
     """Everything about one model, from the rows of its predictions.jsonl; numbers, lists and dicts only."""
     judged = [judge(row) for row in rows]
+    own = [r for r in judged if r["shown"] == "as is"]
     out = {"summary": {name: e._asdict() for name, e in summary(damaged(judged), seed).items()},
-           "table_1": table_1(judged, seed), "table_2": table_2(judged)}
-    if not any(row["plain"] for row in rows):
+           "table_1": table_1(judged, seed) if own else {}, "table_2": table_2(judged, seed=seed)}
+    if others := {form: table for form in ("open", "direct") if (table := table_2(judged, form, seed))}:
+        out["others"] = others
+    if cells := categories(judged, seed):
+        out["categories"] = cells
+    if not any(row["plain"] for row in rows) and any(r["degradations"] is not None for r in own):
         out["figure_6"] = figure_6(judged, seed)
     return out
 
@@ -284,14 +247,15 @@ def report(rows: Sequence[dict], seed: int = 0) -> dict:
 # ---------------------------------------------------------------- as text
 
 def cell(estimate: dict | None) -> str:
-    """`0.713 [0.66, 0.76] n 150`, and how many answers could not be read, if any."""
+    """`0.713 [0.66, 0.76] n 150`, how many answers could not be read, and by what it was scored, if not exactly."""
     if estimate is None or estimate["value"] is None:
         return "-"
     digits = 1 if abs(estimate["value"]) >= 10 else 3
     value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
     unread = f", {estimate['unparsed']} unread" if estimate.get("unparsed") else ""
     missing = f", {estimate['cells']} of 9 cells" if estimate.get("cells", 9) < 9 else ""
-    return f"{value} [{low}, {high}] n {estimate['n']}{unread}{missing}"
+    by = f", {estimate['by']}" if estimate.get("by") else ""
+    return f"{value} [{low}, {high}] n {estimate['n']}{unread}{missing}{by}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -299,3 +263,36 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     line = lambda texts: "| " + " | ".join(text.ljust(width) for text, width in zip(texts, widths)) + " |"
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def report_text(reports: dict[str, dict]) -> str:
+    """The tables of all models, as Markdown."""
+    chains = {name: r for name, r in reports.items() if "figure_6" in r}
+    columns = ("r_deg", "r_len", "type_f1", "intensity_error", "well_formed", "choice_accuracy", "length", "truncated")
+    short = lambda e: "-" if e is None or e["value"] is None else f"{e['value']:.3f}"
+    name_of = lambda key: f"{float(key):.0%}" if key[:1].isdigit() else key
+    blocks = ["Damaged pictures, one line a model:",
+              markdown(["", *columns], [[name, *(short(r["summary"].get(c)) for c in columns)] for name, r in reports.items()])]
+
+    def table(title: str, of: list[dict], text=cell, names: Sequence[str] = tuple(reports)) -> None:
+        if keys := list(dict.fromkeys(key for part in of for key in part)):
+            blocks.extend([title, markdown(["", *names], [[name_of(key), *(text(part.get(key)) for part in of)] for key in keys])])
+
+    table("Table 1: damaged pictures by strength (a benchmark's own, or total intensity: low < 0.5, mid < 1, high). Choice and open: share\n"
+          "right; captions: F1 of phrases; \"proxy\" and \"votes\": see rr1/answers.py and rr1/votes.py. value [95 % interval] n. An unread\n"
+          "answer counts as wrong. Overall is the plain mean of the nine cells.", [r["table_1"] for r in reports.values()])
+    table("Table 2: choice questions on the clean picture and on it damaged by one type at each intensity: share right.",
+          [r["table_2"] for r in reports.values()])
+    for form in ("open", "direct"):
+        table(f"The same for {form} questions.", [r.get("others", {}).get(form, {}) for r in reports.values()])
+    table("Choice questions by category, on the pictures as they came.", [r.get("categories", {}) for r in reports.values()])
+    if chains:
+        numbers = [r["figure_6"] | r["summary"] for r in chains.values()]
+        parts = [{key.replace("_", " "): n[key] for key in ("type_f1", "intensity_error", "length", "clean_called_damaged")} for n in numbers]
+        table("Figure 6: types, intensities and length of the chain on damaged pictures; clean pictures called damaged.", parts, names=tuple(chains))
+    against = {name: r["versus"] for name, r in reports.items() if "versus" in r}
+    change = lambda e: "-" if e is None else (f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}] n {e['n']}, "
+                                              f"+{e['gained']} -{e['lost']}, p {e['p']:.2g}")
+    table(f"Choice questions against {next(iter(reports))}, question by question: difference [95 % interval] n, answers turned right and wrong,\n"
+          "and how probable so uneven a split is if neither is better (McNemar's exact test).", list(against.values()), change, tuple(against))
+    return "\n\n".join(blocks)

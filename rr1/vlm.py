@@ -54,6 +54,10 @@ class Processor:
         """Tokens that the language model sees of each image: merge_size^2 patches make one."""
         return (grid_thw.prod(-1) // self.image_processor.merge_size ** 2).tolist()
 
+    def image_tokens(self, width: int, height: int) -> int:
+        """Tokens that the language model would see of a picture of this size; ValueError for one far too long and narrow."""
+        return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size ** 2
+
     def prompt_ids(self, text: str, visual_tokens: Sequence[int]) -> list[int]:
         """Token ids of one user turn, X_d (+) P of Eq. (1): the images first, then the text, then the assistant's
         header."""

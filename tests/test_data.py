@@ -1,6 +1,7 @@
-"""Records on disk: errors name file and line, shares stay apart, every record comes once an epoch."""
+"""Records on disk: every form is read, errors name file and line, shares stay apart, every record comes once an epoch."""
 import json
 import threading
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from degrade import Degradation
-from rr1 import data
+from rr1 import data, records
 
 CHAIN = "<TYPE>noise(0.20)<TYPE_END>\n<INFLUENCE>grain<INFLUENCE_END>\n<REASONING>a car<REASONING_END>\n" \
         "<CONCLUSION>it is a car<CONCLUSION_END>\n<ANSWER>1<ANSWER_END>"
@@ -55,13 +56,23 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
 
 @pytest.mark.parametrize("bad, message", [
     ('{"id": 7,', "not JSON"),
-    ("[1, 2]", "missing"),
-    ("7", "missing"),
+    ("[1, 2]", "expected an object"),
+    ("7", "expected an object"),
+    ("[" * 100000, "not JSON"),
     (line(image=None), "'image'.*missing"),
     (line(conversations=None), "'conversations'.*missing"),
     (line(conversations=[{"from": "human", "value": "why?"}]), "'gpt'.*missing"),
-    (line(conversations=[{"role": "user", "content": "why?"}]), "'from'.*missing"),
-    (line(conversations=[7]), "missing"),
+    (line(conversations=[{"role": "user", "content": "why?"}]), "'gpt'.*missing"),
+    (line(conversations=[{"from": "human", "text": "why?"}]), "'content'.*missing"),
+    (line(conversations=[{"from": "tool", "value": "7"}]), "a turn of 'tool'"),
+    (line(conversations=[{"from": "human", "value": "a"}] * 2), "a turn of 'human'"),
+    (line(conversations=[{"from": "human", "value": [{"type": "text"}]}]), "plain text"),
+    (line(conversations=[{"from": "human", "value": "<image><image>a"}, {"from": "gpt", "value": "b"}]), "2 times <image>"),
+    (line(conversations=[7]), "not iterable|not subscriptable|argument"),
+    (line(image="../secret.png"), "out of the image folder"),
+    (line(image="a/../../secret.png"), "out of the image folder"),
+    (line(image="/etc/secret.png"), "out of the image folder"),
+    (line(clean_image="../secret.png"), "out of the image folder"),
     (line(image=["a.png", "b.png"]), "expected one path"),
     (line(image=7), "expected one path"),
     (line(degradations=[{"type": "noise"}]), "degradations"),
@@ -72,6 +83,94 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
 def test_a_bad_record_is_named_by_file_and_line(tmp_path, bad, message):
     with pytest.raises(data.DataError, match=rf"train\.jsonl:2: .*{message}"):
         data.read(write(tmp_path, line(), bad, line()))
+
+
+def llama_factory(i, form):
+    keys, roles = (("role", "content"), ("user", "assistant")) if form == "messages" else (("from", "value"), ("human", "gpt"))
+    said = ("<image>Was f\u00fcr ein [Auto], {blau}?" + " \u2713" * i, CHAIN)
+    turns = [dict(zip(keys, turn)) for turn in (("system", "be brief"), *zip(roles, said))]
+    return {form: turns, "images": [f"{i}.png"]}
+
+
+@pytest.mark.parametrize("indent", [None, 1, "lines"])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_llama_factory(tmp_path, monkeypatch, form, indent):
+    """A JSON list or lines, one line or pretty, larger than what is read at once, in letters of two and three bytes."""
+    monkeypatch.setattr(records, "CHUNK", 500)
+    made = [llama_factory(i, form) for i in range(9)]
+    text = "\n".join(map(json.dumps, made)) if indent == "lines" else json.dumps(made, ensure_ascii=False, indent=indent)
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="utf-8-sig" if indent == 1 else "utf-8")
+    found = data.read(path)
+    assert len(found) == 9 and [r["number"] for r in found] == list(range(1, 10))
+    for i in (8, 0, 4, -1):
+        i %= 9
+        assert found[i]["question"] == "Was f\u00fcr ein [Auto], {blau}?" + " \u2713" * i and found[i]["response"] == CHAIN
+        assert found[i]["image"] == str(tmp_path / f"{i}.png")
+    assert len({r["id"] for r in found}) == 9
+    if indent == 1:
+        place = next(number for number, row in enumerate(text.splitlines(), 1) if "3.png" in row)
+        assert 0 < place - int(found[3]["where"].rpartition(":")[2].split()[0]) < 20     # the line where the item begins
+
+
+def test_a_broken_list_is_named_by_line_and_item(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[\n" + line() + ",\n" + line()[:-9])
+    with pytest.raises(data.DataError, match=r"x\.json:3 \(item 2\): not JSON"):
+        data.read(path)
+    path.write_text("[\n" + line() + ",\n" + line(image=None) + "]")
+    with pytest.raises(data.DataError, match=r"x\.json:3 \(item 2\): field 'image' is missing"):
+        data.read(path)
+    assert len(data.read(path, skip_bad=True)) == 1
+
+
+def test_a_okvqa_beside_a_coco_folder(tmp_path):
+    """The fields of aokvqa_v1p0_train.json, and of the test split, which has no answers."""
+    item = {"split": "train", "image_id": 299207, "question_id": "22MexNkBPpdZGX6sxbxVBH", "question": "What is the man by the bags awaiting?",
+            "choices": ["skateboarder", "train", "delivery", "cab"], "correct_choice_idx": 3, "direct_answers": ["ride"] * 10,
+            "difficult_direct_answer": False, "rationales": ["A train would not be on the street.", "b", "c"]}
+    test = {key: item[key] for key in ("image_id", "question_id", "question", "choices")} | {"split": "test"}
+    (tmp_path / "a.json").write_text(json.dumps([item, test, item | {"image": "own/7.jpg"}]))
+    train, test, own = data.read(tmp_path / "a.json", tmp_path / "coco")
+    assert train["image"] == train["clean_image"] == str(tmp_path / "coco/train2017/000000299207.jpg")
+    assert train["question"] == "What is the man by the bags awaiting?\n0. skateboarder 1. train 2. delivery 3. cab"
+    assert (train["id"], train["answer"], train["degradations"]) == ("22MexNkBPpdZGX6sxbxVBH", "3", [])
+    assert train["chain"].reasoning == "A train would not be on the street." and train["chain"].answer == "3"
+    assert test["answer"] is None and "/test2017/" in test["image"]
+    assert own["image"] == str(tmp_path / "coco/own/7.jpg")
+
+
+def test_skip_bad_says_what_it_left_out(tmp_path):
+    found = data.read(write(tmp_path, line(id="a"), "{broken", line(id="b", image=None), line(id="c")), skip_bad=True)
+    assert [r["id"] for r in found] == ["a", "c"] and [r["number"] for r in found] == [1, 4]
+    assert [why.partition(": ")[0].rpartition(":")[2] for why in found.bad] == ["2", "3"]
+    with pytest.raises(data.DataError, match="no records that can be used; the first: .*:1: not JSON"):
+        data.read(write(tmp_path, "{broken"), skip_bad=True)
+
+
+def test_a_link_out_of_the_image_folder_is_refused(tmp_path):
+    (tmp_path / "inside" / "images").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"")
+    (tmp_path / "inside" / "images" / "7.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*out of the image folder"):
+        data.read(write(tmp_path, line()), tmp_path / "inside")[0]
+    (tmp_path / "linked").symlink_to(tmp_path / "inside")                         # the folder itself may be a link
+    (tmp_path / "inside" / "images" / "7.png").unlink()
+    assert data.read(write(tmp_path, line()), tmp_path / "linked")[0]["image"] == str(tmp_path / "linked/images/7.png")
+
+
+def test_many_records_are_offsets_and_parsed_when_asked_for(tmp_path, monkeypatch):
+    path, parsed = write(tmp_path, *[line(id=f"r{i}") for i in range(3000)]), []
+    whole = records.parse
+    monkeypatch.setattr(records, "parse", lambda text: parsed.append(1) or whole(text))
+    tracemalloc.start()
+    found = data.read(path)
+    rl = data.split(found, "rl")
+    assert tracemalloc.get_traced_memory()[0] < 3000 * 250 and not parsed          # bytes a record, both together
+    tracemalloc.stop()
+    assert abs(len(rl) - 2250) < 100 and rl[7]["id"] == rl.ids[7] and len(parsed) == 1
+    assert [r["id"] for r in found[5:8]] == ["r5", "r6", "r7"] and found[-1]["id"] == "r2999"
+    assert [r["id"] for r in data.split(list(found[:40]), "rl")] == [id for id in rl.ids if int(id[1:]) < 40]
 
 
 def test_no_file_and_no_records(tmp_path):
@@ -141,6 +240,30 @@ def test_a_broken_picture_is_named(tmp_path, make):
     make(tmp_path / "broken.png")
     with pytest.raises(data.DataError, match=r"broken\.png: cannot be read as an image"):
         data.open_image(tmp_path / "broken.png")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("1", (4000, 3000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 5000
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**7)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(data.DataError, match="4000 x 3000 pixels, more than"):
+        data.open_image(tmp_path / "bomb.png")
+
+
+def test_a_picture_that_cannot_be_used_is_named_by_line(tmp_path, processor):
+    (tmp_path / "images").mkdir()
+    record, = data.read(write(tmp_path, line()))
+    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*7\.png: cannot be read as an image"):
+        data.load_batch([record], processor)
+    Image.new("RGB", (112, 224)).save(record["image"])
+    grid = data.load_batch([record], processor).grid_thw
+    assert processor.image_tokens(112, 224) == processor.visual_tokens(grid)[0]
+    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*more than --max-image-tokens 9"):
+        data.load_batch([record], processor, 9)
+    Image.new("RGB", (1000, 2)).save(record["image"])
+    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*ratio"):
+        data.load_batch([record], processor)
 
 
 # ---------------------------------------------------------------- batches

@@ -124,6 +124,11 @@ def test_a_picture_is_encoded_once(checkpoint, world_folder, tmp_path, asked):
     assert [json.loads(line)["key"] for line in lines(tmp_path / "model")] == [str(i) for i in range(1, 10)]
 
 
+def test_a_picture_that_is_missing_is_named_by_file_and_line(checkpoint, tmp_path):
+    with pytest.raises(data.DataError, match=r"one\.jsonl:1: .*a\.png: cannot be read as an image"):
+        evaluate.main(["--model", checkpoint, "--data", str(one_record(tmp_path)), "--out", str(tmp_path / "out")])
+
+
 # ---------------------------------------------------------------- what comes of it
 
 def test_the_report(finished, world_folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from degrade import Degradation
-from rr1 import figures, metrics
+from rr1 import answers, figures, metrics
 from rr1.chain import Chain, render
 from rr1.rewards import r_deg
 
@@ -70,30 +70,35 @@ def test_paired_difference():
         metrics.paired_difference(([1, 2], None), ([1, 2, 3], None))
 
 
+@pytest.mark.parametrize("gained, lost, p", [(0, 0, 1), (2, 0, 0.5), (0, 5, 2 / 32), (10, 2, 2 * (1 + 12 + 66) / 2**12), (11, 9, 0.8238), (3000, 2000, 0)])
+def test_mcnemar_known_values(gained, lost, p):
+    assert metrics.mcnemar(gained, lost) == metrics.mcnemar(lost, gained) == pytest.approx(p, abs=5e-5)
+
+
 # ---------------------------------------------------------------- one prediction
 
 def test_caption_f1_by_hand():
     true = "a red star top left, a blue ring top right on sand"
-    assert metrics.caption_phrases(true) == Counter(["a red star top left", "a blue ring top right", "on sand"])
-    assert metrics.caption_f1(true, true) == 1
-    assert metrics.caption_f1("A blue ring top right, a red star  top left on SAND.", true) == 1      # order, case, marks do not count
-    assert metrics.caption_f1("a red star top left on sand", true) == pytest.approx(2 * 2 / (2 + 3))
-    assert metrics.caption_f1("a red star top left, a red star top left on sand", true) == pytest.approx(2 * 2 / (3 + 3))
-    assert metrics.caption_f1("a red star top left, a blue ring top right on grass", true) == pytest.approx(2 / 3)
-    assert metrics.caption_f1("nothing", true) == 0 == metrics.caption_f1("", "")
+    assert answers.caption_phrases(true) == Counter(["a red star top left", "a blue ring top right", "on sand"])
+    assert answers.caption_f1(true, true) == 1
+    assert answers.caption_f1("A blue ring top right, a red star  top left on SAND.", true) == 1      # order, case, marks do not count
+    assert answers.caption_f1("a red star top left on sand", true) == pytest.approx(2 * 2 / (2 + 3))
+    assert answers.caption_f1("a red star top left, a red star top left on sand", true) == pytest.approx(2 * 2 / (3 + 3))
+    assert answers.caption_f1("a red star top left, a blue ring top right on grass", true) == pytest.approx(2 / 3)
+    assert answers.caption_f1("nothing", true) == 0 == answers.caption_f1("", "")
 
 
 @pytest.mark.parametrize("answer, expected", [
     ("2", (1, True)), ("c", (1, True)), ("Blue.", (1, True)), ("2. blue", (1, True)), ("1", (0, True)), ("white", (0, True)),
     ("4", (0, False)), ("purple", (0, False)), ("red or blue", (0, False)), ("", (0, False)), (None, (0, False))])
 def test_a_choice_by_index_letter_or_text_and_never_guessed(answer, expected):
-    assert metrics.score_answer(answer, "choice", "2", CHOICES) == expected
+    assert answers.score_answer(answer, "choice", "2", CHOICES) == expected
 
 
 def test_open_answers():
-    assert metrics.score_answer(" Top left. ", "open", "top left", None) == (1, True)
-    assert metrics.score_answer("left", "open", "top left", None) == (0, True)
-    assert metrics.score_answer(None, "open", "top left", None) == (0, False)
+    assert answers.score_answer(" Top left. ", "open", "top left", None) == (1, True)
+    assert answers.score_answer("left", "open", "top left", None) == (0, True)
+    assert answers.score_answer(None, "open", "top left", None) == (0, False)
 
 
 @pytest.mark.parametrize("said, true, matched, error", [
@@ -169,6 +174,19 @@ def test_table_2_by_hand():
     assert list(table) == ["clean", "0.25", "1"]
     assert table["clean"] == table["0.25"] == metrics.wilson(1, 1)._asdict() | {"unparsed": 0}
     assert table["1"]["value"] == 0
+
+
+def test_versus_counts_what_turned_right_and_wrong():
+    """The paper's low MCQ cell: 109 and 111 of 170. Eleven gained and nine lost are two questions, and p = 0.82."""
+    ask = lambda i, right: row(D(), D((NOISE, .3)), answer="0" if right else "1", key=str(i))
+    before = [ask(i, i < 109) for i in range(170)]
+    after = [ask(i, 9 <= i < 120) for i in range(170)]
+    found = metrics.versus(after[::-1] + [ask(999, True)], before)
+    assert list(found) == ["low"] and (found["low"]["gained"], found["low"]["lost"], found["low"]["n"]) == (11, 9, 170)
+    assert found["low"]["value"] == pytest.approx(2 / 170) and found["low"]["low"] < 0 < found["low"]["high"]
+    assert found["low"]["p"] == pytest.approx(0.8238, abs=1e-4)
+    keyed = [r | {"key": str(i)} for i, r in enumerate(ROWS)]
+    assert list(metrics.versus(keyed, keyed)) == ["as is", "low", "high", "clean", "0.25", "1"]
 
 
 def test_confusion_by_hand():

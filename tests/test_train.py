@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.modeling_utils
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -240,7 +241,7 @@ FLAGS = {"sft": [
     ("", "--temperature 0.5", has(entropy=lambda a, b: b["entropy"] < a["entropy"] - 0.5)), ("", "--top-p 0.5", changed), ("", "--top-k 3", changed),
     ("", "--max-new-tokens 6", has(length=lambda a, b: b["length"] <= 6 < a["length"])),
 ]}
-ELSEWHERE = {"model", "data", "out", "steps", "resume", "images", "tracker", "gradient_checkpointing"}  # other tests, or every run
+ELSEWHERE = {"model", "data", "out", "steps", "resume", "images", "tracker", "gradient_checkpointing", "skip_bad", "max_image_tokens"}  # other tests, or every run
 
 
 @pytest.mark.parametrize("script, base, flags, check", [(script, *row) for script in FLAGS for row in FLAGS[script]],
@@ -277,6 +278,35 @@ def test_images_may_lie_elsewhere_and_the_drawn_world_is_the_default(lab, no_plo
     at = arguments.index("--data")
     SCRIPTS[script].main(arguments[:at] + arguments[at + 2:])
     assert equal(base, elsewhere) and equal(base, Run(Path(arguments[arguments.index("--out") + 1])))
+
+
+@both
+def test_bad_records_stop_a_run_or_are_left_out(lab, no_plots, script, tmp_path, capsys):
+    """A broken line, a truncated picture and one too narrow for the model; a resumed run goes by the list that was written."""
+    text = (lab.world / "train.jsonl").read_text().splitlines()
+    for name in ("images", "clean"):
+        shutil.copytree(lab.world / name, tmp_path / name)
+    truncated, narrow = (tmp_path / json.loads(text[i])["image"] for i in (3, 5))
+    truncated.write_bytes(truncated.read_bytes()[:300])
+    Image.new("RGB", (1000, 2)).save(narrow)
+    (tmp_path / "bad.jsonl").write_text("\n".join([text[0], "{broken", *text[1:]]))
+    flags = f"--data {tmp_path}/bad.jsonl --part all"
+    with pytest.raises(data.DataError, match=r"bad\.jsonl:2: not JSON"):
+        lab.run(script, flags)
+    with pytest.raises(data.DataError, match=r"train\.jsonl:\d+: .* takes 16 tokens, more than --max-image-tokens 15"):
+        lab.run(script, "--max-image-tokens 15")
+    flags += " --skip-bad --max-image-tokens 16 --save-every 1"
+    arguments = lab.arguments(script, flags, lab.new_folder())
+    out = Path(arguments[arguments.index("--out") + 1])
+    SCRIPTS[script].main([*arguments, "--steps", "1"])
+    said = capsys.readouterr().out
+    assert "3 bad records are left out" in said and f"{len(text) - 2} records from" in said
+    listed = json.loads((out / "skipped.json").read_text())
+    assert "bad.jsonl:2: not JSON" in listed["lines"][0] and set(listed["pictures"]) == {"3", "5"}
+    assert "bad.jsonl:5: " in listed["pictures"]["3"] and "ratio" in listed["pictures"]["5"]
+    Image.new("RGB", (112, 112)).save(narrow)                                       # mended meanwhile: still left out
+    SCRIPTS[script].main([*arguments, "--steps", "2", "--resume"])
+    assert f"{len(text) - 2} records from" in capsys.readouterr().out
 
 
 @both
