@@ -8,7 +8,7 @@
     python evaluate.py --benchmark MMStar.tsv --levels 0.25 0.5 1
     python -m rr1.benchmarks damage MMStar.tsv MMStar_hurt.tsv --levels 0.25 0.5 1     # -> MMStar_hurt_25.tsv, .., _100.tsv
 
-Both damage a picture alike: one type drawn for each picture, the same at every level, fixed by --seed and the picture's bytes.
+Both damage a picture alike: one type drawn for each picture, the same at every level, fixed by --seed and the picture (in a TSV its bytes).
 RealWorldQA (CC BY-ND) may be damaged at home, but not passed on so.
 """
 from __future__ import annotations
