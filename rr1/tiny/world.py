@@ -177,8 +177,8 @@ def true_chain(scene: Scene, question: Question, degradations: list[Degradation]
     target = next((t for t in scene.things if t.shape in question.text or t.color in question.text), None)
     if question.kind == "caption":
         seen = f"{COUNTS[len(scene.things) - 1]} of the shapes"
-    elif total < 0.5:
-        seen = str(target) if target else ", ".join(t.shape for t in scene.things) if question.kind == "count" else scene.ground
+    elif total < 0.5 and question.kind != "count":
+        seen = str(target) if target else scene.ground
     else:
         seen = ", ".join(map(str, scene.things))
     reasoning = f"the picture shows {seen}"
