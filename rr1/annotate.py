@@ -18,7 +18,7 @@ model that sees pictures takes its place. The questions are A-OKVQA's json, or J
 
 --out then holds train.jsonl (the released form and our own keys), llamafactory.json with dataset_info.json, images/, clean/,
 rejected.jsonl (unusable answers, with the reason), answers.jsonl (every answer that was paid for), card.txt and card.png.
-It may be killed at any moment: the same command goes on where it was, and asks nothing again that has been answered.
+It may be killed at any moment: the same command goes on where it was, and asks nothing again but what was under way.
 
 Differences from the paper: Y_GT is the question with its true answer, since Figure 4 feeds the pair; Psi_Len is one template with
 the word count of the total intensity written into it, not a set of them.
@@ -79,7 +79,8 @@ FREE = {"out", "limit", "workers", "per_minute", "retries", "timeout", "max_toke
         "retry_rejected", "dry_run", "base_url", "images"}    # may differ when a folder is gone on with
 
 
-REFUSAL = re.compile(r"\s*(i['\u2019]?m (very )?sorry|i am sorry|sorry, (but )?i|i can(no|['\u2019])t (help|assist)|i['\u2019]?m unable|i am unable|as an ai)", re.I)
+REFUSAL = re.compile(r"(i['\u2019]m (very )?sorry|i am sorry|sorry, (but )?i|i can(no|['\u2019])t (help|assist)|i['\u2019]m unable|"
+                     r"i am unable|as an ai)", re.I)
 
 # ---------------------------------------------------------------- the equations
 
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     if rejected:
         print(f"{len(rejected)} rejected, see {out}/rejected.jsonl; --retry-rejected asks for them again")
     if problem:
-        raise SystemExit(f"{problem}\n{len(done)} of {len(wanted)} questions are in {out}; the same command goes on from here")
+        raise SystemExit(f"{problem}\n{sum(s.id in done for s in wanted)} of {len(wanted)} questions are in {out}; the same command goes on from here")
 
 
 def check(config: Config) -> None:

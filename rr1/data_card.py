@@ -56,7 +56,8 @@ def _lines(rows, types, intensities, totals, lengths, words, rejected, paid, tar
     lines += ["", "intensities: " + "  ".join(f"{low:.1f}+ {n}" for low, n in zip(edges, counts)),
               f"total intensity of a picture: mean {totals.mean():.2f}, from {totals.min():.2f} to {totals.max():.2f}",
               f"words of a chain: mean {lengths.mean():.0f}, from {lengths.min()} to {lengths.max()}; "
-              + ("" if r is None else f"correlation with total intensity {r:.2f}; ") + f"mean distance from the target {np.abs(lengths - aim).mean():.0f}"]
+              + ("" if r is None else f"correlation with total intensity {r:.2f}; ")
+              + f"mean distance from the target {np.abs(lengths - aim).mean():.0f}"]
     n = sum(words.values())
     lines += [f"vocabulary: {len(words)} different words of {n}; most used: " + ", ".join(word for word, _ in common(words, 12))]
     reasons = Counter(f"{row['step']}: {re.sub(r'[0-9]+', 'n', row['reason'])[:60]}" for row in rejected)

@@ -58,7 +58,8 @@ def read_questions(path: Path, images: str = "") -> list[Source]:
         except json.JSONDecodeError as error:
             raise SystemExit(f"{where}: not JSON ({error})") from None
         except (KeyError, TypeError, ValueError) as error:
-            raise SystemExit(f"{where}: {error.args[0] if isinstance(error, ValueError) else f'field {error} is missing or of the wrong kind'}") from None
+            what = str(error) if isinstance(error, ValueError) else f"field {error} is missing or of the wrong kind"
+            raise SystemExit(f"{where}: {what}") from None
         if source.id in seen:
             raise SystemExit(f"{where}: the id {source.id!r} is that of {seen[source.id]} too")
         seen[source.id] = where

@@ -144,17 +144,19 @@ class ChatTeacher:
         try:
             import openai
         except ImportError:
-            raise SystemExit(f"--teacher {model} needs the openai package: pip install openai, or leave the flag out for the offline teacher") from None
+            raise SystemExit(f"--teacher {model} needs openai: pip install openai, or leave the flag out for the offline teacher") from None
         self._openai, self._key = openai, os.environ.get("OPENAI_API_KEY", "")
         if not self._key and not base_url:
-            raise SystemExit(f"--teacher {model}: put your key into the environment variable OPENAI_API_KEY, or name a server of your own by --base-url")
+            raise SystemExit(f"--teacher {model}: put your key into the environment variable OPENAI_API_KEY, or name a server of "
+                             "your own by --base-url")
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url or None, max_retries=0, timeout=timeout)
         self.model, self.prices, self.max_cost, self.retries = model, (price_in, price_out), max_cost, retries
         self.max_tokens, self.interval = max_tokens, 60 / per_minute if per_minute else 0.0
         self.stopped, self.why = threading.Event(), ""
-        self._lock, self._next, self._asking, self._dearest = threading.Lock(), 0.0, 0, 0.0
+        self._lock, self._next, self._asking = threading.Lock(), 0.0, 0
         self.receipts = read_rows(answers)
         self.spent = sum(receipt["cost"] for receipt in self.receipts)
+        self._dearest = max((receipt["cost"] for receipt in self.receipts), default=0.0)
         self._file = os.open(answers, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._answers: dict[str, Future] = {}
         for receipt in self.receipts:
