@@ -92,13 +92,12 @@ def main(argv: list[str] | None = None) -> None:
     vlm.freeze_vision(policy)
     reference = None
     if config.beta:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-        reference.model.visual = policy.model.visual                                # frozen, so one tower serves both
+        visual = policy.model.visual                                                # frozen, so one tower serves both
+        reference = copy.deepcopy(policy, {id(visual): visual}).requires_grad_(False)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-    for model in (policy, reference) if config.shard else ():
-        if model is not None:
-            shard.shard(model, rt)
+    for model in filter(None, (policy, reference) if config.shard else ()):
+        shard.shard(model, rt)
     optimizer = runtime.build_optimizer(policy, config.lr, config.weight_decay)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     first = (run.load(policy, optimizer) or {"step": 0})["step"]

@@ -63,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if config.batch < rt.world_size:
         raise SystemExit(f"--batch {config.batch} leaves some of the {rt.world_size} processes without a record: give at least {rt.world_size}")
-    if config.shard and config.batch % rt.world_size:                  # all processes make the same number of passes
-        raise SystemExit(f"--shard: --batch {config.batch} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")
+    if config.shard and config.batch % rt.world_size:                               # all must make as many passes
+        raise SystemExit(f"--batch {config.batch} cannot be shared out evenly to {rt.world_size} processes, as --shard needs: "
+                         f"give a multiple of {rt.world_size}")
     run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker", "shard"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
