@@ -13,7 +13,7 @@ By default the tiny fine-tuned model learns from the other three quarters of the
     torchrun train_grpo.py                                                    # laptop, under 8 minutes -> runs/grpo/model
     torchrun train_grpo.py --rewards deg len my_rewards.py:brevity --reward-weights 1 1 0.2 --out runs/brevity
     torchrun --nproc-per-node 8 train_grpo.py --model Jiaqi-hkust/Robust-R1-SFT --data train.jsonl --images train_images \\
-        --lr 1e-6 --beta 0.04 --max-new-tokens 2048 --prompts 16 --micro-batch 1 --gradient-checkpointing --out runs/grpo-3b
+        --lr 1e-6 --beta 0.04 --max-new-tokens 2048 --prompts 16 --micro-batch 1 --gradient-checkpointing --shard --out runs/grpo-3b
 
 Differences from the paper: it gives no clip, KL weight or number of updates; clip 0.2, beta 0.04, G 8 and one update per rollout
 are those of the published run. With one update the old policy is the current one: its log-probabilities are `logps.detach()`,
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rr1 import data, grpo, rewards, rollout, run_folder, runtime, tiny, vlm
+from rr1 import data, grpo, rewards, rollout, run_folder, runtime, shard, tiny, vlm
 from rr1.runtime import opt
 
 
@@ -62,6 +62,7 @@ class Config:
     mask_truncated: bool = opt(False, "leave responses that were cut off out of the loss")
     micro_batch: int = opt(8, "groups a forward and backward pass, in each process")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: slower, much less memory")
+    shard: bool = opt(False, "parameters, gradients and optimizer state are spread over the processes: see docs/gpus.md")
     seed: int = opt(0, "fixes the order of the records, what is sampled and everything else random")
     save_every: int = opt(50, "steps between checkpoints")
     resume: bool = opt(False, "go on from the newest checkpoint in --out")
@@ -84,21 +85,23 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if B % rt.world_size:
         raise SystemExit(f"--prompts {B} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")
-    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker", "shard"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
 
-    policy, processor = vlm.load(config.model, device=rt.device)
+    policy, processor = vlm.load(config.model, device="cpu" if config.shard else rt.device)
     if config.skip_bad:
         records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
     vlm.freeze_vision(policy)
     reference = None
     if config.beta:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-        reference.model.visual = policy.model.visual                                # frozen, so one tower serves both
+        visual = policy.model.visual                                                # frozen, so one tower serves both
+        reference = copy.deepcopy(policy, {id(visual): visual}).requires_grad_(False)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
+    for model in filter(None, (policy, reference) if config.shard else ()):
+        shard.shard(model, rt)
     optimizer = runtime.build_optimizer(policy, config.lr, config.weight_decay)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     first = (run.load(policy, optimizer) or {"step": 0})["step"]
@@ -117,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def score(model, prompts, responses, **options):
         with rt.autocast():
-            return vlm.group_logps(model, prompts, responses, config.temperature, banned, **options)
+            return shard.forward(model, vlm.group_logps, prompts, responses, config.temperature, banned, **options)
 
     with runtime.Interrupt(rt) as interrupt:
         for step, (chosen, seeds, batch) in data.prefetch(load, range(first, config.steps)):
@@ -127,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             policy.eval()
             with rt.autocast():
                 prompts = data.encode(policy, batch)
-                rollouts = rollout.sample_group(policy, prompts, G, seeds, **sampling)
+                rollouts = shard.gathered(policy, rollout.sample_group, prompts, G, seeds, **sampling)
             responses = [[r.ids for r in group] for group in rollouts]              # B lists of G token lists
             clock.append(time.perf_counter())
 
@@ -173,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
                     for name, value in {"loss": loss, "entropy": (entropy * mask).sum(), **statistics}.items():
                         sums[name] = sums.get(name, 0.0) + value.item() / config.mu
                 runtime.sum_gradients(parameters, rt)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
+                norm = shard.whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             clock.append(time.perf_counter())

@@ -8,7 +8,7 @@ end-of-turn token included. By default the tiny base model learns from a quarter
     python train_sft.py                                                       # laptop, under 6 minutes -> runs/sft/model
     torchrun --nproc-per-node 2 train_sft.py --out runs/sft2                  # two processes, the same batch shared out
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --images train_images \\
-        --lr 1e-5 --batch 64 --micro-batch 1 --gradient-checkpointing --out runs/sft-3b
+        --lr 1e-5 --batch 64 --micro-batch 1 --gradient-checkpointing --shard --out runs/sft-3b
 
 Differences from the paper: Eq. (5) sums over a sequence; here the sum is divided by the number of response tokens of the
 whole batch, over all processes, so the step does not depend on how the batch is split.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rr1 import data, run_folder, runtime, tiny, vlm
+from rr1 import data, run_folder, runtime, shard, tiny, vlm
 from rr1.runtime import opt
 
 
@@ -41,6 +41,7 @@ class Config:
     weight_decay: float = opt(0.01, "of AdamW, on matrices only")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: slower, much less memory")
+    shard: bool = opt(False, "parameters, gradients and optimizer state are spread over the processes: see docs/gpus.md")
     seed: int = opt(0, "fixes the order of the records and everything random")
     save_every: int = opt(100, "steps between checkpoints")
     resume: bool = opt(False, "go on from the newest checkpoint in --out")
@@ -64,18 +65,23 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if config.batch < rt.world_size:
         raise SystemExit(f"--batch {config.batch} leaves some of the {rt.world_size} processes without a record: give at least {rt.world_size}")
-    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker"}, tracker=config.tracker)
+    if config.shard and config.batch % rt.world_size:                               # all must make as many passes
+        raise SystemExit(f"--batch {config.batch} cannot be shared out evenly to {rt.world_size} processes, as --shard needs: "
+                         f"give a multiple of {rt.world_size}")
+    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker", "shard"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
 
-    model, processor = vlm.load(config.model, device=rt.device)
+    model, processor = vlm.load(config.model, device="cpu" if config.shard else rt.device)
     if config.skip_bad:
         records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     vlm.freeze_vision(model)
+    if config.shard:
+        shard.shard(model, rt)
     optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
     parameters = [p for p in model.parameters() if p.requires_grad]
     first = (run.load(model, optimizer) or {"step": 0})["step"]
@@ -98,12 +104,12 @@ def main(argv: list[str] | None = None) -> None:
             for i in range(0, len(responses), config.micro_batch):
                 with rt.autocast():
                     prompts = data.encode(model, batch[i:i + config.micro_batch])
-                    logps, mask, _ = vlm.group_logps(model, prompts, [[ids] for ids in responses[i:i + config.micro_batch]])
+                    logps, mask, _ = shard.forward(model, vlm.group_logps, prompts, [[ids] for ids in responses[i:i + config.micro_batch]])
                 part = sft_loss(logps, mask, tokens)
                 part.backward()
                 loss += part.item()
             runtime.sum_gradients(parameters, rt)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
+            norm = shard.whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

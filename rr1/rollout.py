@@ -31,7 +31,8 @@ class Rollout:
 
 
 class Columns(DynamicLayer):
-    """Keys and values of one layer in buffers of their final length: a step writes its columns, nothing is copied to grow."""
+    """Keys and values of one layer in buffers of their final length: a step writes its columns, nothing is copied to grow. Keys are kept
+    in the values' dtype: under autocast they come in float32, out of the rotation, and attention would narrow all of them every step."""
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -40,7 +41,7 @@ class Columns(DynamicLayer):
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         """keys, values (B, heads, new columns, head size) -> all that is in use."""
         if not self.is_initialized:
-            self.keys, self.values = (new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (keys, values))
+            self.keys, self.values = (values.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (keys, values))
             self.is_initialized = True
         start, self.used = self.used, self.used + keys.shape[2]
         self.keys[:, :, start:self.used], self.values[:, :, start:self.used] = keys, values

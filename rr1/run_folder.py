@@ -22,10 +22,11 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from rr1 import shard
 from rr1.figures import draw_curves
-from rr1.runtime import Runtime, barrier, broadcast_parameters
+from rr1.runtime import Runtime, barrier
 
 # ------------------------------------------------------------------------------------------- what a checkpoint is made of
 
@@ -52,20 +53,14 @@ def set_state(generator: Any, state: Any) -> None:
         generator.setstate((version, tuple(words), gauss))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of the optimizer, each under "name of the parameter/key"."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {f"{names[p]}/{key}": value.contiguous() for p, state in optimizer.state.items() for key, value in state.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Undo `optimizer_tensors` in place."""
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for path, tensor in tensors.items():
-        name, key = path.rsplit("/", 1)
-        p = parameters[name]  # copied, since the file that `tensor` is mapped from will be deleted; step counts stay on the CPU
-        optimizer.state[p][key] = tensor.to(p.device if tensor.ndim else "cpu", copy=True)
+def reseed(generator: Any, seed: int) -> None:
+    """Start any of these generators afresh."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -144,10 +139,6 @@ class RunFolder:
         if differences:
             return "\n".join([f"--resume cannot go on with the run in {self.out}: its configuration differs.", *differences,
                               "Give the old values, or another --out for a new run."])
-        for folder in checkpoints(self.out)[-1:]:
-            ranks = len(list(folder.glob("rank-*.json")))
-            if ranks != self.rt.world_size:
-                return f"{folder} was written by {ranks} process(es), this run has {self.rt.world_size}: start it with {ranks}"
         return None
 
     def log(self, step: int, metrics: Mapping[str, float | torch.Tensor], line: str | None = None) -> None:
@@ -195,9 +186,9 @@ class RunFolder:
              generators: Mapping[str, Any] | None = None) -> None:
         """Write checkpoints/step-NNNNNN whole or not at all, then delete all but the newest `keep`. It holds
 
-        model/ (an ordinary checkpoint folder), optimizer.safetensors, state.json (step, learning rates, configuration) and
-        for each rank a rank-N.json: its `state` (any JSON) and its random states, the global ones and `generators`.
-        A step that is already saved is left alone.
+        model/ (an ordinary checkpoint folder), optimizer.safetensors (a large one in several files), state.json (step, learning
+        rates, configuration) and for each rank a rank-N.json: its `state` (any JSON) and its random states, the global ones
+        and `generators`. Nothing in it depends on how the model is sharded. A step that is already saved is left alone.
         """
         if step == self.saved_step:
             return
@@ -209,10 +200,12 @@ class RunFolder:
         barrier(self.rt)
         states = {name: get_state(generator) for name, generator in self._generators(generators).items()}
         write_text(temporary / f"rank-{self.rt.rank}.json", to_json({"state": state or {}, "generators": states}))
+        shard.save_model(model, temporary / "model", self.rt)
+        for n, piece in enumerate(shard.pieces(shard.optimizer_tensors(optimizer, model), self.rt.is_main)):
+            if self.rt.is_main:
+                save_file(piece, temporary / (f"optimizer-{n}.safetensors" if n else "optimizer.safetensors"))
         if self.rt.is_main:
-            model.save_pretrained(temporary / "model")
             processor.save_pretrained(temporary / "model")
-            save_file(optimizer_tensors(optimizer, model), temporary / "optimizer.safetensors")
             rates = [group["lr"] for group in optimizer.param_groups]
             write_text(temporary / "state.json", to_json({"step": step, "lr": rates, "config": self.config}, indent=2))
         barrier(self.rt)
@@ -227,7 +220,8 @@ class RunFolder:
 
     def load(self, model: Any, optimizer: torch.optim.Optimizer, generators: Mapping[str, Any] | None = None) -> dict | None:
         """With --resume, put everything back as the newest checkpoint has it, bit for bit, and return its `state` with
-        "step" added; None where there is nothing to go on from."""
+        "step" added; None where there is nothing to go on from. Where another number of processes wrote it, random states start
+        afresh from the seed and the step, and `state` is rank 0's."""
         folder = next(reversed(checkpoints(self.out)), None) if self.resume else None
         common = json.loads((folder / "state.json").read_text(encoding="utf-8")) if folder else {"step": -1}
         if self.rt.is_main:
@@ -237,19 +231,24 @@ class RunFolder:
                 print(f"resuming from {folder}" if folder else f"nothing to resume in {self.out}: starting afresh", flush=True)
         if folder is None:
             return None
-        mine = json.loads((folder / f"rank-{self.rt.rank}.json").read_text(encoding="utf-8"))
+        ranks = len(list(folder.glob("rank-*.json")))
+        as_before = ranks == self.rt.world_size
+        mine = json.loads((folder / f"rank-{self.rt.rank if as_before else 0}.json").read_text(encoding="utf-8"))
         current = self._generators(generators)
         if current.keys() != mine["generators"].keys():
             raise ValueError(f"{folder} has the random states {sorted(mine['generators'])}, the script has {sorted(current)}")
-        if self.rt.is_main:  # by from_pretrained, since the names on disk need not be those of the state dict
-            widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
-            model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=widest).state_dict())
-        broadcast_parameters(model, self.rt)
-        restore_optimizer(optimizer, model, load_file(folder / "optimizer.safetensors"))
+        shard.load_model(model, folder / "model", self.rt)
+        shard.restore_optimizer(optimizer, model, folder.glob("optimizer*.safetensors"))
         for group, rate in zip(optimizer.param_groups, common["lr"]):
             group["lr"] = rate
-        for name, generator in current.items():  # last, since loading a model may draw random numbers
-            set_state(generator, mine["generators"][name])
+        if self.rt.is_main and not as_before:
+            print(f"{ranks} process(es) wrote it, {self.rt.world_size} go on: random states start afresh from seed and step", flush=True)
+        for place, (name, generator) in enumerate(current.items()):  # last, since loading a model may draw random numbers
+            if as_before:
+                set_state(generator, mine["generators"][name])
+            else:
+                numbers = np.random.SeedSequence([self.config.get("seed", 0), common["step"], self.rt.rank, place])
+                reseed(generator, int(numbers.generate_state(1)[0]))
         self.saved_step = common["step"]
         return mine["state"] | {"step": common["step"]}
 
@@ -266,9 +265,9 @@ class RunFolder:
 
     def finish(self, model: Any, processor: Any) -> None:
         """Draw the curves and write `model/`, an ordinary checkpoint folder, in place of an older one."""
+        folder, temporary, old = (self.out / name for name in ("model", "model.tmp", "model.old.tmp"))
+        shard.save_model(model, temporary, self.rt)
         if self.rt.is_main:
-            folder, temporary, old = (self.out / name for name in ("model", "model.tmp", "model.old.tmp"))
-            model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
             if folder.exists():
                 os.replace(folder, old)

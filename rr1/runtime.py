@@ -26,6 +26,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence, Union, get_args, 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 # ---------------------------------------------------------------------------------------------------------- processes
 
@@ -109,12 +110,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], rt: Runtime, bucket:
     Gradients travel flat, in float32 or better, in buckets of at most `bucket` numbers (256 MB; a small model is one) or one
     parameter. The buckets follow from the shapes alone, so all ranks make the same collectives whatever their data. A missing
     gradient counts as zeros, with one process too: the optimizer then treats it alike however many processes there are.
+    Gradients of sharded parameters are left as they are: the backward pass has summed them.
     """
     trainable = [p for p in parameters if p.requires_grad]
     buckets, size = [], 0
     for p in trainable:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+        if isinstance(p, DTensor):
+            continue
         if not buckets or size + p.numel() > bucket:
             buckets.append([])
             size = 0

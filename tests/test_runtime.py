@@ -229,9 +229,28 @@ def test_resume_with_another_configuration_names_the_field_and_both_values(whole
     assert "pause" not in str(error.value) and "steps" not in str(error.value)
 
 
-def test_resume_with_another_number_of_processes_is_refused(whole):
-    with pytest.raises(SystemExit, match=r"written by 1 process\(es\), this run has 4"):
-        run_folder.RunFolder(Config(out=str(whole), resume=True), runtime.Runtime(world_size=4))
+def test_resume_with_another_number_of_processes_says_so_and_draws_afresh(tmp_path, capsys):
+    """Weights, optimizer and rank 0's state come back; random states follow from seed and step, so twice the same."""
+    states = {}
+    for name in ("a", "b", "seed", "step"):
+        config = Config(out=str(tmp_path / name), steps=4 if name == "step" else 2)
+        train(config, ALONE)
+        folder = run_folder.checkpoints(config.out)[-1]
+        (folder / "rank-1.json").write_text("{}")  # as if two processes had written it
+        config.seed, config.resume = int(name == "seed"), True
+        write = json.loads((tmp_path / name / "config.json").read_text()) | {"seed": config.seed}
+        (tmp_path / name / "config.json").write_text(json.dumps(write))
+        runtime.seed_everything(ord(name[0]))
+        run, net = run_folder.RunFolder(config, ALONE, free={"save_every", "pause"}), Net()
+        own = {"own torch": torch.Generator(), "own numpy": np.random.default_rng(5), "own python": random.Random(5)}
+        optimizer = runtime.build_optimizer(net, 0.1, 0.0)
+        assert run.load(net, optimizer, own)["total"] == json.loads((folder / "rank-0.json").read_text())["state"]["total"]
+        assert all(torch.equal(tensor, weights(tmp_path / name)[key]) for key, tensor in net.state_dict().items())
+        assert optimizer.state[net.layer.weight]["step"] == config.steps
+        states[name] = {key: json.dumps(run_folder.to_json(run_folder.get_state(generator))) for key, generator in run._generators(own).items()}
+        assert "2 process(es) wrote it, 1 go on: random states start afresh from seed and step" in capsys.readouterr().out
+    assert states["a"] == states["b"] and len(set(states["a"].values())) == 6
+    assert all(states["a"][key] != states[other][key] for key in states["a"] for other in ("seed", "step"))
 
 
 def test_resume_with_another_generator_is_an_error(whole):

@@ -241,7 +241,8 @@ FLAGS = {"sft": [
     ("", "--temperature 0.5", has(entropy=lambda a, b: b["entropy"] < a["entropy"] - 0.5)), ("", "--top-p 0.5", changed), ("", "--top-k 3", changed),
     ("", "--max-new-tokens 6", has(length=lambda a, b: b["length"] <= 6 < a["length"])),
 ]}
-ELSEWHERE = {"model", "data", "out", "steps", "resume", "images", "tracker", "gradient_checkpointing", "skip_bad", "max_image_tokens"}  # other tests, or every run
+ELSEWHERE = {"model", "data", "out", "steps", "resume", "images", "tracker", "gradient_checkpointing", "skip_bad", "max_image_tokens",
+             "shard"}  # other tests, or every run
 
 
 @pytest.mark.parametrize("script, base, flags, check", [(script, *row) for script in FLAGS for row in FLAGS[script]],
