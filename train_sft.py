@@ -33,7 +33,7 @@ class Config:
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
     max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
     out: str = opt("runs/sft", "the run's folder")
-    steps: int = opt(400, "optimizer steps")
+    steps: int = opt(425, "optimizer steps")
     batch: int = opt(32, "records a step, over all processes")
     micro_batch: int = opt(32, "records a forward and backward pass, in each process")
     lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")
