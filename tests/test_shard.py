@@ -346,7 +346,7 @@ def real_checkpoint(tmp_path_factory) -> str:
 @pytest.mark.skipif(not REAL.exists(), reason="the real model's configuration is not beside the repository")
 def test_the_real_configuration(real_checkpoint, world_folder, tmp_path):
     """SFT, stopped and gone on with on the other number of processes, and GRPO, on one process and on two: the same losses, and a
-    model that plain transformers loads. Needs 16 GB of memory, 25 GB of disk and some minutes."""
+    model that plain transformers loads. Needs about 20 GB of memory, 25 GB of disk and some minutes."""
     from transformers import AutoModelForImageTextToText
 
     def script(n: int, name: str, out: Path, flags: str) -> None:
