@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
 # Tokens that stand for pixels or frame them. A policy that emits one breaks its own next forward pass, so none is sampled.
@@ -39,7 +40,7 @@ class Processor:
     def from_pretrained(cls, name_or_path: str, **image_options) -> "Processor":
         """image_options: `min_pixels`, `max_pixels` (height x width after resizing), where the checkpoint's own will not do."""
         return cls(AutoTokenizer.from_pretrained(name_or_path),
-                   AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **image_options))
+                   Qwen2VLImageProcessorPil.from_pretrained(name_or_path, **image_options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
