@@ -22,7 +22,7 @@ from rr1.runtime import opt
 @dataclass
 class Config:
     run: str = opt("runs/grpo", "folder of a GRPO run: its model and its metrics are shown")
-    record: int = opt(0, "which damaged record of the held-out data to show")
+    record: int = opt(156, "which damaged record of the held-out data to show")
     out: str = opt("docs/overview.png", "picture to write")
 
 
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
 
     figure = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
     clean, damaged, text, curve = figure.subplots(1, 4, width_ratios=[1, 1, 2, 1.5])
-    truth = ", ".join(f"{d.type} {d.intensity:.2f}" for d in record["degradations"])
-    for axes, path, title in ((clean, record["clean_image"], "X, never shown to the model"), (damaged, record["image"], f"X_d: {truth}")):
+    truth = ",\n".join(f"{d.type} {d.intensity:.2f}" for d in record["degradations"])
+    for axes, path, title in ((clean, record["clean_image"], "X, never shown\nto the model"), (damaged, record["image"], f"X_d: {truth}")):
         axes.imshow(matplotlib.image.imread(path))
         axes.set_title(title, fontsize=9)
         axes.axis("off")
