@@ -1,7 +1,7 @@
 """Sharded over two processes, the scripts do what they do in one: the same step, the same samples, the same files, and a run goes on
 with another number of processes.
 
-torchrun starts this file twice (gloo): everything that needs two processes happens in one session, `main` below, whose results the
+torchrun starts this file twice (gloo): everything that needs two processes happens in one run, `main` below, whose results the
 tests read.
 """
 from __future__ import annotations
