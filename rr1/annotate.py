@@ -37,14 +37,14 @@ from urllib.parse import quote
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from degrade import Degradation, degrade, sample_degradations
 from rr1 import data_card, runtime
 from rr1.chain import Chain, build_question, is_well_formed, parse, render
-from rr1.questions import Source, Truth, read_questions, read_rows, write_bytes, write_forms
-from rr1.run_folder import to_json, write_text
+from rr1.questions import Source, Truth, read_questions, read_rows, write_forms
+from rr1.records import DataError, open_image
+from rr1.run_folder import to_json, write_bytes, write_text
 from rr1.runtime import opt
 from rr1.teachers import STEPS, ChatTeacher, NoAnswer, Rejected, Stop, fill, template_teacher
 
@@ -160,10 +160,9 @@ def seed_of(source: Source, seed: int) -> int:
 def damage(source: Source, config: Config) -> tuple[np.ndarray, np.ndarray, list[Degradation]]:
     """Step 1, Eq. (13): X, X_d and D_d of a question."""
     try:
-        with Image.open(source.photo) as photo:
-            X = np.asarray(photo.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise Rejected("damage", f"{source.photo} cannot be read as an image ({error})") from None
+        X = np.asarray(open_image(source.photo))
+    except DataError as error:
+        raise Rejected("damage", str(error)) from None
     own = seed_of(source, config.seed)
     D_d = sample_degradations(np.random.default_rng(own), config.low, config.high)
     return X, degrade(X, D_d, own), D_d

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rr1 import runtime
 from rr1.chain import build_prompt
-from rr1.records import DataError, Records, read  # noqa: F401
+from rr1.records import DataError, Records, open_image, read  # noqa: F401
 from rr1.run_folder import to_json, write_text
 from rr1.vlm import Processor, Prompt, encode_images, make_prompt
 
@@ -50,17 +50,6 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
 def seed_for(*numbers: int) -> int:
     """One seed from several numbers >= 0, such as (run's seed, step, group)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An RGB picture, whole; an error names the file. One of more than 89 million pixels is refused before it is decoded."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}: make it smaller")
-            return image.convert("RGB")
-    except Exception as error:                          # a broken file can fail in any place of any decoder
-        raise DataError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def open_picture(record: dict, processor: Processor, max_image_tokens: int = 0) -> Image.Image:

@@ -125,10 +125,3 @@ def write_forms(out: Path, rows: list[dict], order: Sequence[str]) -> list[dict]
     write_text(out / "dataset_info.json", to_json({"rr1": {"file_name": "llamafactory.json", "formatting": "sharegpt", "tags": tags,
                                                            "columns": {"messages": "messages", "images": "images"}}}, indent=1) + "\n")
     return rows
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from degrade import Degradation
@@ -31,6 +32,17 @@ GAP = re.compile(r"[ \t\r\n,]*")
 
 class DataError(ValueError):
     """A record that cannot be used; the message names the file, the line and the field."""
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An RGB picture, whole; an error names the file. One of more than 89 million pixels is refused before it is decoded."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}: make it smaller")
+            return image.convert("RGB")
+    except Exception as error:                          # a broken file can fail in any place of any decoder
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def read(path: str | Path, image_folder: str | Path | None = None, skip_bad: bool = False) -> Records:

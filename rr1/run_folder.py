@@ -69,11 +69,15 @@ def to_json(value: Any, indent: int | None = None) -> str:
                       default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def cut_back(path: Path, step: int) -> list[dict]:
