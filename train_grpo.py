@@ -45,7 +45,7 @@ class Config:
     group_size: int = opt(8, "G, responses to each prompt (8 in the published run)")
     rewards: list[str] = opt(["deg", "len"], "names from rr1.rewards.REWARDS, or file.py:function")
     reward_weights: list[float] = opt([], "one for each reward; empty: 1 each, as in Eq. (9)")
-    lr: float = opt(1.5e-4, "learning rate after warm-up (1e-6 in the published run of the 3B model)")
+    lr: float = opt(1e-4, "learning rate after warm-up (1e-6 in the published run of the 3B model)")
     warmup: int = opt(5, "steps of linear warm-up; a cosine down to a tenth follows")
     weight_decay: float = opt(0.0, "of AdamW, on matrices only")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
