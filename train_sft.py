@@ -29,6 +29,7 @@ class Config:
     model: str = opt(tiny.BASE, "checkpoint folder or hub id to start from")
     data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    plain: bool = opt(False, "no chains: the question alone is asked, and answered by the answer alone (Table 3, w/o Reasoning)")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
     max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     def load(step: int) -> tuple[data.Batch, list[list[int]]]:
         share = data.batch_indices(len(records), config.batch, step, config.seed)[rt.rank::rt.world_size]
         chosen = [records[i] for i in share]
-        return data.load_batch(chosen, processor, config.max_image_tokens), [processor.response_ids(r["response"]) for r in chosen]
+        texts = [data.plain_answer(r) if config.plain else r["response"] for r in chosen]
+        return data.load_batch(chosen, processor, config.max_image_tokens, config.plain), [processor.response_ids(text) for text in texts]
 
     with runtime.Interrupt(rt) as interrupt:
         for step, (batch, responses) in data.prefetch(load, range(first, config.steps)):
