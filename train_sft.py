@@ -9,7 +9,7 @@ end-of-turn token included. By default the tiny base model learns from a quarter
     python train_sft.py --plain --out runs/plain                              # Table 3's "w/o Reasoning": answers without chains
     torchrun --nproc-per-node 2 train_sft.py --out runs/sft2                  # two processes, the same batch shared out
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --images train_images \\
-        --lr 1e-5 --batch 64 --micro-batch 1 --gradient-checkpointing --shard --out runs/sft-3b
+        --lr 1e-5 --steps 117 --batch 64 --micro-batch 1 --gradient-checkpointing --shard --out runs/sft-3b
 
 Differences from the paper: Eq. (5) sums over a sequence; here the sum is divided by the number of response tokens of the
 whole batch, over all processes, so the step does not depend on how the batch is split.
@@ -35,7 +35,7 @@ class Config:
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
     max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
     out: str = opt("runs/sft", "the run's folder")
-    steps: int = opt(425, "optimizer steps")
+    steps: int = opt(425, "optimizer steps; the default is the tiny model's (three epochs of the released data: 117 at --batch 64)")
     batch: int = opt(32, "records a step, over all processes")
     micro_batch: int = opt(32, "records a forward and backward pass, in each process")
     lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")

@@ -2,8 +2,8 @@
 
     python bench/table_3.py --jobs 2                # the drawn world, two processes at a time -> runs/table_3/report.md
     python bench/table_3.py --processes 8 --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --images train_images \\
-        --sft="--lr 1e-5 --batch 64 --micro-batch 1 --gradient-checkpointing --shard" \\
-        --grpo="--lr 1e-6 --max-new-tokens 2048 --micro-batch 1 --gradient-checkpointing --shard" \\
+        --sft="--lr 1e-5 --steps 117 --batch 64 --micro-batch 1 --gradient-checkpointing --shard" \\
+        --grpo="--lr 1e-6 --steps 469 --max-new-tokens 2048 --micro-batch 1 --gradient-checkpointing --shard" \\
         --evaluate="--benchmark Ref_Release.csv --images R-Bench --max-new-tokens 2048 --batch 16" --out runs/table_3-3b
 
     base            the model as it is, asked the question alone

@@ -168,7 +168,7 @@ def test_a_real_model_teaches_over_http_and_both_trainers_learn_from_it(question
     # and it can be trained on
     common = ["--data", f"{out}/train.jsonl", "--part", "all", "--micro-batch", "2"]
     train_sft.main([*common, "--model", tiny.BASE, "--steps", "3", "--batch", "4", "--lr", "1e-3", "--warmup", "1", "--out", str(tmp_path / "sft")])
-    train_grpo.main([*common, "--model", str(tmp_path / "sft" / "model"), "--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "8",
-                     "--out", str(tmp_path / "grpo")])
+    train_grpo.main([*common, "--model", str(tmp_path / "sft" / "model"), "--steps", "1", "--prompts", "2", "--group-size", "2",
+                     "--max-new-tokens", "8", "--out", str(tmp_path / "grpo")])
     losses = [row["loss"] for run in ("sft", "grpo") for row in read_rows(tmp_path / run / "metrics.jsonl")]
     assert len(losses) == 4 and all(loss is not None and math.isfinite(loss) for loss in losses) and losses[2] < losses[0]
