@@ -58,15 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     steps = [] if config.steps is None else ["--steps", config.steps]
     grpo = ["train_grpo.py", "--model", config.model, *steps, *shlex.split(config.grpo)]
     sft = ["train_sft.py", "--model", config.model, "--part", "rl", "--lr", CONTROL_LR]
-    train({f"grpo-{s}": [*grpo, "--seed", s] for s in seeds}, out, config.jobs, config.steps)
-    train({f"probe-{s}": [*sft, "--seed", s, "--steps", PROBE_STEPS] for s in seeds}, out, config.jobs)
-    train({f"control-{s}": [*sft, "--seed", s, "--steps", control_steps(out, s)] for s in seeds}, out, config.jobs)
+    train(config, {f"grpo-{s}": [*grpo, "--seed", s] for s in seeds}, config.steps)
+    train(config, {f"probe-{s}": [*sft, "--seed", s, "--steps", PROBE_STEPS] for s in seeds})
+    train(config, {f"control-{s}": [*sft, "--seed", s, "--steps", control_steps(out, s)] for s in seeds})
 
     # 2. answer the held-out records
     trained = [f"{kind}-{s}" for kind in ("grpo", "control") for s in seeds]
     models = [f"sft={config.model}", *(f"{name}={out / name / 'model'}" for name in trained)]
-    run_all({mode: ["evaluate.py", "--models", *models, "--no-table-2", "--temperature", temperature, "--out", out / mode]
-             for mode, temperature in MODES.items()}, out, config.jobs)
+    run_all(config, {mode: ["evaluate.py", "--models", *models, "--no-table-2", "--temperature", temperature, "--out", out / mode]
+                     for mode, temperature in MODES.items()})
 
     # 3. compare
     rows = {mode: {name: read_rows(out / mode / name / "predictions.jsonl") for name in ["sft", *trained]} for mode in MODES}

@@ -28,22 +28,24 @@ def begin(config, free: set[str]) -> Path:
     return out
 
 
-def train(tasks: dict[str, list], out: Path, jobs: int, steps: int | None = None, processes: int = 1) -> None:
+def train(config, tasks: dict[str, list], steps: int | None = None) -> None:
     """Train what is not finished yet; each run goes into a folder of its name."""
-    run_all({name: [*command, "--out", out / name, "--resume"] for name, command in tasks.items() if not finished(out / name, steps)},
-            out, jobs, processes)
+    folders = {name: Path(config.out) / name for name in tasks}
+    run_all(config, {name: [*command, "--out", folders[name], "--resume"] for name, command in tasks.items()
+                     if not finished(folders[name], steps)})
 
 
-def run_all(tasks: dict[str, list], out: Path, jobs: int, processes: int = 1) -> None:
-    """Run scripts, `jobs` at a time, each in `processes` processes; what they print goes to out/NAME.log. The first that fails
-    ends it with its last lines."""
+def run_all(config, tasks: dict[str, list]) -> None:
+    """Run scripts, config.jobs at a time, each in config.processes processes (1 where there is no such field); what they print
+    goes to NAME.log in config.out. The first that fails ends it with its last lines."""
+    jobs, processes = config.jobs, getattr(config, "processes", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // (jobs * processes))), "PYTHONUNBUFFERED": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
 
     def run(task: tuple[str, list]) -> None:
         name, (script, *options) = task
-        log = out / f"{name}.log"
+        log = Path(config.out) / f"{name}.log"
         print(f"{name}: {script} runs, see {log}", flush=True)
         with open(log, "ab") as file:
             command = [sys.executable, *torchrun, str(ROOT / script), *map(str, options)]

@@ -70,18 +70,16 @@ def main(argv: list[str] | None = None) -> None:
     sft = ["train_sft.py", "--model", config.model, *common, *shlex.split(config.sft)]
     tuned = config.tuned or (tiny.SFT if config.model == tiny.BASE else "")
     if not tuned:
-        train({"sft": sft}, out, config.jobs, processes=config.processes)
+        train(config, {"sft": sft})
     models = {"base": config.model, "no-reasoning": out / "no-reasoning" / "model", "sft": tuned or out / "sft" / "model",
               **{name: out / name / "model" for name in REWARDS}}
     grpo = ["train_grpo.py", "--model", models["sft"], *common, *shlex.split(config.grpo)]
-    train({**{name: [*grpo, "--rewards", *rewards] for name, rewards in REWARDS.items()}, "no-reasoning": [*sft, "--plain"]},
-          out, config.jobs, processes=config.processes)
+    train(config, {**{name: [*grpo, "--rewards", *rewards] for name, rewards in REWARDS.items()}, "no-reasoning": [*sft, "--plain"]})
 
     # 2. answer the held-out records
     evaluate = ["evaluate.py", "--models", *(f"{name}={path}" for name, path in models.items()), "--plain", "base", "no-reasoning",
                 "--no-table-2", "--seed", config.seed, *asked]
-    run_all({mode: [*evaluate, "--temperature", temperature, "--out", out / mode] for mode, temperature in MODES.items()},
-            out, config.jobs, config.processes)
+    run_all(config, {mode: [*evaluate, "--temperature", temperature, "--out", out / mode] for mode, temperature in MODES.items()})
 
     # 3. compare
     result = compare({mode: {name: read_rows(out / mode / name / "predictions.jsonl") for name in models} for mode in MODES})

@@ -118,6 +118,12 @@ def load_batch(records: Sequence[dict], processor: Processor, max_image_tokens: 
     return collate([r["question"] if plain else build_prompt(r["question"]) for r in records], images, processor)
 
 
+def encode(model, batch: Batch) -> list[Prompt]:
+    """One pass of the vision tower over the batch's images -> prompts that sampling, reference and policy share."""
+    features = encode_images(model, batch.pixel_values, batch.grid_thw)
+    return [make_prompt(model, ids, grid[None], [f]) for ids, grid, f in zip(batch.ids, batch.grid_thw, features)]
+
+
 def short_answer(record: dict) -> str | None:
     """What is right where no chain is asked for: the answer, of a caption the caption. None where the data do not say."""
     if record.get("form") == "caption" and "benchmark" not in record:
@@ -131,12 +137,6 @@ def plain_answer(record: dict) -> str:
     if answer is None:
         raise DataError(f"{record['where']}: there is no answer to train on without its chain: expected an ANSWER section, or \"answer\"")
     return answer
-
-
-def encode(model, batch: Batch) -> list[Prompt]:
-    """One pass of the vision tower over the batch's images -> prompts that sampling, reference and policy share."""
-    features = encode_images(model, batch.pixel_values, batch.grid_thw)
-    return [make_prompt(model, ids, grid[None], [f]) for ids, grid, f in zip(batch.ids, batch.grid_thw, features)]
 
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int]) -> Iterator[tuple[int, Any]]:
