@@ -113,9 +113,8 @@ def make_jobs(records: Sequence[dict], levels: list[float] | None, seed: int) ->
     for record in records:
         key, known = str(record["number"]), record["degradations"]
         form = record.get("form") or ("choice" if record["choices"] else "open")
-        answer = record["answer"] if form != "caption" or "benchmark" in record else record.get("caption") or record["chain"].conclusion
         job = {"key": key, "id": record["id"], "form": form, "question": record["question"], "choices": record["choices"],
-               "answer": None if answer is None else str(answer), "true_response": None, "damage_seed": None}
+               "answer": data.short_answer(record), "true_response": None, "damage_seed": None}
         job |= {name: record[name] for name in benchmarks.FIELDS if name in record}
         truth = None if known is None else [d._asdict() for d in Chain(known).degradations]     # by their canonical names
         clean = record.get("clean_image")

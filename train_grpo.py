@@ -13,7 +13,7 @@ By default the tiny fine-tuned model learns from the other three quarters of the
     torchrun train_grpo.py                                                    # laptop, under 8 minutes -> runs/grpo/model
     torchrun train_grpo.py --rewards deg len my_rewards.py:brevity --reward-weights 1 1 0.2 --out runs/brevity
     torchrun --nproc-per-node 8 train_grpo.py --model Jiaqi-hkust/Robust-R1-SFT --data train.jsonl --images train_images \\
-        --lr 1e-6 --beta 0.04 --max-new-tokens 2048 --prompts 16 --micro-batch 1 --gradient-checkpointing --shard --out runs/grpo-3b
+        --lr 1e-6 --steps 469 --max-new-tokens 2048 --micro-batch 1 --gradient-checkpointing --shard --out runs/grpo-3b
 
 Differences from the paper: it gives no clip, KL weight or number of updates; clip 0.2, beta 0.04, G 8 and one update per rollout
 are those of the published run. With one update the old policy is the current one: its log-probabilities are `logps.detach()`,
@@ -40,10 +40,10 @@ class Config:
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
     max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
     out: str = opt("runs/grpo", "the run's folder")
-    steps: int = opt(100, "rollouts; each is followed by --mu optimizer steps")
+    steps: int = opt(100, "rollouts; each is followed by --mu optimizer steps (one epoch of the released data: 469 at --prompts 16)")
     prompts: int = opt(16, "groups a step, over all processes")
     group_size: int = opt(8, "G, responses to each prompt (8 in the published run)")
-    rewards: list[str] = opt(["deg", "len"], "names from rr1.rewards.REWARDS, or file.py:function")
+    rewards: list[str] = opt(["deg", "len"], f"any of {', '.join(rewards.REWARDS)}, or file.py:function")
     reward_weights: list[float] = opt([], "one for each reward; empty: 1 each, as in Eq. (9)")
     lr: float = opt(1e-4, "learning rate after warm-up (1e-6 in the published run of the 3B model)")
     warmup: int = opt(5, "steps of linear warm-up; a cosine down to a tenth follows")

@@ -6,9 +6,10 @@ The whole language model is trained, the vision tower and its merger are frozen,
 end-of-turn token included. By default the tiny base model learns from a quarter of the drawn world:
 
     python train_sft.py                                                       # laptop, under 6 minutes -> runs/sft/model
+    python train_sft.py --plain --out runs/plain                              # Table 3's "w/o Reasoning": answers without chains
     torchrun --nproc-per-node 2 train_sft.py --out runs/sft2                  # two processes, the same batch shared out
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --images train_images \\
-        --lr 1e-5 --batch 64 --micro-batch 1 --gradient-checkpointing --shard --out runs/sft-3b
+        --lr 1e-5 --steps 117 --batch 64 --micro-batch 1 --gradient-checkpointing --shard --out runs/sft-3b
 
 Differences from the paper: Eq. (5) sums over a sequence; here the sum is divided by the number of response tokens of the
 whole batch, over all processes, so the step does not depend on how the batch is split.
@@ -29,11 +30,12 @@ class Config:
     model: str = opt(tiny.BASE, "checkpoint folder or hub id to start from")
     data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    plain: bool = opt(False, "no chains: the question alone is asked, and answered by the answer alone (Table 3, w/o Reasoning)")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
     max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
     out: str = opt("runs/sft", "the run's folder")
-    steps: int = opt(425, "optimizer steps")
+    steps: int = opt(425, "optimizer steps; the default is the tiny model's (three epochs of the released data: 117 at --batch 64)")
     batch: int = opt(32, "records a step, over all processes")
     micro_batch: int = opt(32, "records a forward and backward pass, in each process")
     lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")
@@ -91,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     def load(step: int) -> tuple[data.Batch, list[list[int]]]:
         share = data.batch_indices(len(records), config.batch, step, config.seed)[rt.rank::rt.world_size]
         chosen = [records[i] for i in share]
-        return data.load_batch(chosen, processor, config.max_image_tokens), [processor.response_ids(r["response"]) for r in chosen]
+        texts = [data.plain_answer(r) if config.plain else r["response"] for r in chosen]
+        return data.load_batch(chosen, processor, config.max_image_tokens, config.plain), [processor.response_ids(text) for text in texts]
 
     with runtime.Interrupt(rt) as interrupt:
         for step, (batch, responses) in data.prefetch(load, range(first, config.steps)):

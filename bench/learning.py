@@ -12,24 +12,19 @@ intervals. Run it again after an interruption: what is finished stays, what was 
 """
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))                                   # before this folder, which has a degrade.py of its own
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
+from bench.runs import MODES, interval, number, read_rows, run_all, same_records, seconds, train  # noqa: E402
 from rr1 import metrics, run_folder, runtime, tiny  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 
 CONTROL_LR = 3e-4                    # 0.3 of the default run's: this is a second round from a model that has converged once
 PROBE_STEPS, WARM = 12, 2            # of the timing; the first steps are slower
-MODES = {"sampled": "1", "greedy": "0"}                         # temperatures
 MEASURES = {"r_deg": "r_deg", "r_len": "r_len", "intensity_error": "intensity error", "type_f1": "type F1",
             "choice_accuracy": "choice accuracy", "well_formed": "well-formed"}
 LOWER_IS_BETTER = ("intensity_error",)
@@ -74,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
                      for mode, temperature in MODES.items()})
 
     # 3. compare
-
     rows = {mode: {name: read_rows(out / mode / name / "predictions.jsonl") for name in ["sft", *trained]} for mode in MODES}
     result = compare(rows, seeds)
     result["training_seconds"] = {name: sum(seconds(out / name)) for name in trained}
@@ -84,51 +78,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{text}\n\nwritten: {out}/report.md, report.json")
 
 
-# ---------------------------------------------------------------- running
-
-def train(config: Config, tasks: dict[str, list], steps: int | None = None) -> None:
-    """Train what is not finished yet; each run goes into a folder of its name."""
-    folders = {name: Path(config.out) / name for name in tasks}
-    run_all(config, {name: [*command, "--out", folders[name], "--resume"] for name, command in tasks.items()
-                     if not finished(folders[name], steps)})
-
-
-def run_all(config: Config, tasks: dict[str, list]) -> None:
-    """Run scripts, --jobs at a time; what they print goes to NAME.log. The first that fails ends it with its last lines."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // config.jobs)), "PYTHONUNBUFFERED": "1"}
-
-    def run(task: tuple[str, list]) -> None:
-        name, (script, *options) = task
-        log = Path(config.out) / f"{name}.log"
-        print(f"{name}: {script} runs, see {log}", flush=True)
-        with open(log, "ab") as file:
-            command = [sys.executable, str(ROOT / script), *map(str, options)]
-            status = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
-        if status:
-            raise SystemExit(f"{name} failed with status {status}; the end of {log}:\n" + log.read_text(errors="replace")[-2000:])
-        print(f"{name}: done", flush=True)
-
-    with ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(run, tasks.items()))                              # the first error cancels what has not begun
-
-
-def finished(folder: Path, steps: int | None) -> bool:
-    """Whether this run is complete; an error where it was asked for with another number of steps."""
-    if not (folder / "model" / "config.json").exists():
-        return False
-    was = json.loads((folder / "config.json").read_text())["steps"]
-    if steps not in (None, was):
-        raise SystemExit(f"{folder} holds a run of {was} steps: give --steps {was}, or another --out")
-    return True
-
-
-def seconds(folder: Path) -> list[float]:
-    """What each step of a run took."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [sum(value for name, value in row.items() if name.split("/")[0] == "seconds") for row in rows]
-
-
 def control_steps(out: Path, seed: int) -> int:
     """Steps of fine-tuning that take as long as the GRPO run's steps did."""
     return max(1, round(sum(seconds(out / f"grpo-{seed}")) / statistics.median(seconds(out / f"probe-{seed}")[WARM:])))
@@ -136,23 +85,15 @@ def control_steps(out: Path, seed: int) -> int:
 
 # ---------------------------------------------------------------- comparing
 
-def read_rows(path: Path) -> list[dict]:
-    """Judged predictions on damaged pictures."""
-    return metrics.damaged([metrics.judge(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()])
-
-
 def compare(rows: dict[str, dict[str, list[dict]]], seeds: list[int]) -> dict:
     """{mode: {model: judged rows}} -> {"n", mode: {"now": model -> measure -> estimate, "gain": the same less SFT,
     "rl_less_control": seed -> measure -> estimate}}. All models must have answered the same records in the same order."""
     result: dict = {}
     for mode, models in rows.items():
-        keys = [row["key"] for row in models["sft"]]
-        for name, answered in models.items():
-            if [row["key"] for row in answered] != keys:
-                raise SystemExit(f"{mode}: {name} and sft did not answer the same records; delete {mode}/ and run again")
+        same_records(mode, models, "sft")
         sums = {name: metrics.measures(answered) for name, answered in models.items()}
         less = lambda a, b: {m: metrics.paired_difference(sums[a][m], sums[b][m])._asdict() for m in MEASURES}
-        result["n"] = len(keys)
+        result["n"] = len(models["sft"])
         now = {name: {m: e._asdict() for m, e in metrics.summary(answered).items()} for name, answered in models.items()}
         result[mode] = {"now": now,
                         "gain": {name: less(name, "sft") for name in models if name != "sft"},
@@ -193,18 +134,6 @@ def wins(differences: dict[str, dict], measure: str) -> tuple[int, int]:
 def holds(result: dict, measure: str, rule, seed: int) -> bool:
     now, gain = (result[part][f"grpo-{seed}"][measure] for part in ("now", "gain"))
     return bool(now["n"] and gain["n"] and rule(now, gain))
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def interval(e: dict) -> str:
-    """`+0.141 [+0.102, +0.180]`, bold if 0 is outside."""
-    if e["value"] is None:
-        return "-"
-    text = f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]"
-    return f"**{text}**" if e["low"] > 0 or e["high"] < 0 else text
 
 
 if __name__ == "__main__":

@@ -112,16 +112,31 @@ def collate(texts: Sequence[str], images: Sequence[Image.Image], processor: Proc
     return Batch([processor.prompt_ids(text, [n]) for text, n in zip(texts, processor.visual_tokens(grid))], pixel_values, grid)
 
 
-def load_batch(records: Sequence[dict], processor: Processor, max_image_tokens: int = 0) -> Batch:
-    """The prompts of Eq. (1) for these records: picture and question, and a request for the chain."""
+def load_batch(records: Sequence[dict], processor: Processor, max_image_tokens: int = 0, plain: bool = False) -> Batch:
+    """The prompts of Eq. (1) for these records: picture and question, and, unless `plain`, a request for the chain."""
     images = [open_picture(r, processor, max_image_tokens) for r in records]
-    return collate([build_prompt(r["question"]) for r in records], images, processor)
+    return collate([r["question"] if plain else build_prompt(r["question"]) for r in records], images, processor)
 
 
 def encode(model, batch: Batch) -> list[Prompt]:
     """One pass of the vision tower over the batch's images -> prompts that sampling, reference and policy share."""
     features = encode_images(model, batch.pixel_values, batch.grid_thw)
     return [make_prompt(model, ids, grid[None], [f]) for ids, grid, f in zip(batch.ids, batch.grid_thw, features)]
+
+
+def short_answer(record: dict) -> str | None:
+    """What is right where no chain is asked for: the answer, of a caption the caption. None where the data do not say."""
+    if record.get("form") == "caption" and "benchmark" not in record:
+        return record.get("caption") or record["chain"].conclusion
+    return None if record["answer"] is None else str(record["answer"])
+
+
+def plain_answer(record: dict) -> str:
+    """The response to train on without a chain; DataError where there is none."""
+    answer = short_answer(record)
+    if answer is None:
+        raise DataError(f"{record['where']}: there is no answer to train on without its chain: expected an ANSWER section, or \"answer\"")
+    return answer
 
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int]) -> Iterator[tuple[int, Any]]:

@@ -278,6 +278,21 @@ def test_load_batch_reads_what_the_records_name(world_folder, processor):
     assert torch.equal(batch[1:2].pixel_values, data.load_batch(records[1:2], processor).pixel_values)
 
 
+def test_records_without_their_chains(world_folder, processor, tmp_path):
+    """Table 3's "w/o Reasoning": the answer, of a caption the caption, to the question alone, as `evaluate.py --plain` asks it."""
+    records = data.read(world_folder / "train.jsonl")[:20]
+    for r in records:
+        assert data.plain_answer(r) == (r["caption"] if r["form"] == "caption" else r["answer"]) and "<" not in data.plain_answer(r)
+    assert {r["form"] for r in records} == {"choice", "open", "caption"}
+    batch = data.load_batch(records[:2], processor, plain=True)
+    assert batch.ids == [processor.prompt_ids(r["question"], [16]) for r in records[:2]] != data.load_batch(records[:2], processor).ids
+    (tmp_path / "images").mkdir()
+    answered, silent = data.read(write(tmp_path, line(), line(conversations=[{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a cat"}])))
+    assert data.plain_answer(answered) == answered["chain"].answer
+    with pytest.raises(data.DataError, match=r"train\.jsonl:2: there is no answer to train on"):
+        data.plain_answer(silent)
+
+
 def test_prefetch_keeps_the_order_and_works_ahead():
     made, main = [], threading.get_ident()
 

@@ -1,5 +1,4 @@
 """evaluate.py as a user runs it, on a small random model and a small drawn world: what is asked, resuming, the report."""
-import importlib.util
 import json
 import os
 import socket
@@ -12,9 +11,8 @@ import pytest
 import torch
 
 import evaluate
-from rr1 import data, metrics, rollout, runtime, tiny, vlm
+from rr1 import data, rollout, runtime, vlm
 from rr1.chain import Chain, build_prompt, render
-from rr1.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
 RT = runtime.Runtime()
@@ -250,76 +248,3 @@ def test_one_picture(checkpoint, world_folder, capsys, monkeypatch):
         assert part in said
     with pytest.raises(SystemExit, match="--image needs --question"):
         evaluate.main(["--image", str(image)])
-
-
-# ---------------------------------------------------------------- bench/learning.py
-
-@pytest.fixture(scope="module")
-def learning():
-    spec = importlib.util.spec_from_file_location("learning", ROOT / "bench" / "learning.py")
-    module = sys.modules["learning"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def answers(named, intensity, correct, n=200):
-    """n judged rows; the first `named` name the true type, at this intensity (truth 0.5), the first `correct` answer rightly."""
-    for i in range(n):
-        chain = Chain([("noise", intensity)] if i < named else [("lens blur", .5)], "i", "r", "c", int(i >= correct))
-        yield metrics.judge({"key": str(i), "form": "choice", "choices": ["a", "b"], "answer": "0", "shown": "as is", "plain": False,
-                             "degradations": [{"type": "noise", "intensity": .5}], "response": render(chain), "length": 50,
-                             "truth_length": 50, "truncated": False})
-
-
-def test_the_table_of_learning_by_hand(learning):
-    """GRPO names more types than the control, at a worse intensity, and answers two points worse than SFT."""
-    models = {"sft": list(answers(100, .6, 150)), "grpo-0": list(answers(140, .7, 146)), "control-0": list(answers(110, .6, 150))}
-    result = learning.compare({"sampled": models, "greedy": {name: models["sft"] for name in models}}, [0])
-    assert result["n"] == 200
-    r_deg = lambda named, intensity: (named * (1 - abs(intensity - .5)) - 2 * (200 - named)) / 200
-    sampled = result["sampled"]
-    assert sampled["gain"]["grpo-0"]["r_deg"]["value"] == pytest.approx(r_deg(140, .7) - r_deg(100, .6))
-    assert sampled["rl_less_control"]["0"]["r_deg"]["value"] == pytest.approx(r_deg(140, .7) - r_deg(110, .6))
-    assert sampled["gain"]["grpo-0"]["intensity_error"]["value"] == pytest.approx(0.1)
-    assert sampled["gain"]["grpo-0"]["choice_accuracy"]["value"] == pytest.approx(-0.02)
-    assert learning.wins(sampled["rl_less_control"], "r_deg") == (1, 0)
-    assert learning.wins(sampled["rl_less_control"], "intensity_error") == (0, 1)
-    assert learning.wins(result["greedy"]["rl_less_control"], "r_deg") == (0, 0)
-    kept = {text: learning.holds(sampled, measure, rule, 0) for text, (measure, rule) in learning.CHECKS.items()}
-    assert list(kept.values()) == [True, False, False, True, False, True]
-    text = learning.report(result | {"training_seconds": {"grpo-0": 480.2, "control-0": 481}}, [0])
-    assert "| GRPO less more SFT, seed 0 | **+0." in text and "| 480 " in text and "GRPO, seed 0" in text
-    with pytest.raises(SystemExit, match="same records"):
-        learning.compare({"sampled": models | {"grpo-0": models["sft"][:-1]}}, [0])
-
-
-def test_the_control_gets_the_same_seconds(learning, tmp_path):
-    for name, rows in (("grpo-3", [{"step": i, "seconds/rollout": 2.0, "seconds/update": 1.0, "tokens_per_second": 99} for i in range(10)]),
-                       ("probe-3", [{"step": i, "seconds": 9.0 if i < 2 else 0.5, "tokens_per_second": 99} for i in range(12)])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert learning.control_steps(tmp_path, 3) == 60
-    assert not learning.finished(tmp_path / "grpo-3", 10)
-    (tmp_path / "grpo-3" / "model").mkdir()
-    (tmp_path / "grpo-3" / "model" / "config.json").write_text("{}")
-    (tmp_path / "grpo-3" / "config.json").write_text('{"steps": 10}')
-    assert learning.finished(tmp_path / "grpo-3", None) and learning.finished(tmp_path / "grpo-3", 10)
-    with pytest.raises(SystemExit, match="run of 10 steps"):
-        learning.finished(tmp_path / "grpo-3", 20)
-
-
-@pytest.mark.slow
-def test_learning_from_end_to_end(learning, checkpoint, tmp_path, monkeypatch, capsys):
-    """All its processes, on next to nothing; run again it trains and asks nothing."""
-    monkeypatch.chdir(tmp_path)
-    world.write(tiny.WORLD, train=48, test=16)
-    ask = ["--model", checkpoint, "--seeds", "0", "--steps", "2", "--grpo=--prompts 2 --group-size 2 --max-new-tokens 8", "--jobs", "2"]
-    learning.main(ask)
-    first = capsys.readouterr().out
-    assert all(f"{name}: done" in first for name in ("grpo-0", "probe-0", "control-0", "sampled", "greedy"))
-    assert "GRPO less more SFT, seed 0" in first and Path("runs/learning/report.json").is_file()
-    learning.main(ask)
-    second = capsys.readouterr().out
-    assert "grpo-0: " not in second and second.partition("held-out")[2] == first.partition("held-out")[2]
-    with pytest.raises(SystemExit, match="failed with status"):
-        learning.main([*ask[:2], "--seeds", "5", "--grpo=--no-such-flag"])

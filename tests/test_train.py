@@ -221,6 +221,7 @@ def two_checkpoints(lab, base, run):
 OFTEN = "--steps 1 --mu 2 --lr 2e-3"                             # the second update of a rollout is far from the first
 
 FLAGS = {"sft": [
+    ("", "--plain", has(tokens=lambda a, b: b["tokens"] < a["tokens"] / 2)),
     ("", "--part rl", changed), ("", "--seed 1", changed), ("", "--lr 2e-3", has(lr=lambda a, b: b["lr"] == 2 * a["lr"])),
     ("", "--warmup 3", has(lr=lambda a, b: b["lr"] == pytest.approx(1e-3 * 2 / 3))), ("", "--weight-decay 0.5", changed),
     ("", "--max-grad-norm 1e-8", hardly_moved), ("", "--batch 3", has(tokens=lambda a, b: b["tokens"] < a["tokens"])),
