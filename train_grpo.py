@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
 
-    policy, processor = vlm.load(config.model, device="cpu" if config.shard else rt.device, min_pixels=config.min_pixels,
-                                 max_pixels=config.max_pixels)
+    device = rt.device if not config.shard else "cpu" if rt.is_main else "meta"       # rank 0 alone reads what is to be sharded
+    policy, processor = vlm.load(config.model, device=device, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     if config.skip_bad:
         records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
     vlm.freeze_vision(policy)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -99,10 +99,15 @@ class Processor:
 
 def load(name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
          **image_options) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
-    """The model and its processor from a folder or a hub id; weights only as safetensors."""
+    """The model and its processor from a folder or a hub id; weights only as safetensors. On the device "meta" nothing is read but the
+    configuration: the model has shapes and no weights, for `shard.shard`."""
     logging.disable_progress_bar()                                                  # of transformers: a line for every save and load
     try:
         processor = Processor.from_pretrained(name_or_path, **image_options)
+        if device == "meta":
+            with torch.device("meta"):
+                model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(name_or_path), dtype=dtype)
+            return model.eval(), processor
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise SystemExit(f"--model {name_or_path}: neither a checkpoint folder nor a model that can be downloaded: {error}") from error
