@@ -1,5 +1,6 @@
 """One model over N processes: each keeps an N-th of every parameter, gradient and optimizer state (FSDP2, torch's `fully_shard`).
 
+    spread     rank 0's weights to all: nobody else reads them
     forward    function(model, ..) as a forward pass: a layer is gathered when its turn comes and let go after it
     gathered   function(model, ..) with all layers gathered once, for many passes: sampling
     pieces     whole tensors out of the shards, one at a time
