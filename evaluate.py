@@ -12,24 +12,25 @@
     python evaluate.py --image photo.jpg --question "what color is the star?" --choices red blue
 
 What is shown to a model: every record's own picture (Table 1, Figure 6) and, for choice questions with a known clean picture,
-that picture clean and damaged by one type, drawn for each picture, at each of --levels (Table 2). Benchmarks: rr1/benchmarks.py.
+that picture clean and damaged by one type, drawn for each picture, at each of --levels (Table 2; not of records with several pictures).
+Benchmarks: rr1/benchmarks.py.
 """
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Sequence
 from zlib import crc32
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from degrade import degrade
 from rr1 import benchmarks, data, figures, metrics, rollout, run_folder, runtime, tiny, vlm, votes
 from rr1.chain import Chain, build_prompt, build_question, is_well_formed, parse
+from rr1.predictions import check_meta, collect, fingerprint, read_predictions
 from rr1.rewards import choice_index
 from rr1.runtime import opt
 
@@ -55,6 +56,8 @@ class Config:
     judge: str = opt("", "address of an OpenAI-compatible endpoint whose votes score R-Bench; its key: OPENAI_API_KEY")
     judge_model: str = opt("gpt-3.5-turbo", "what to ask for there")
     score_only: bool = opt(False, "report on the predictions that are there; no model is loaded")
+    min_pixels: int = opt(0, "smaller pictures are enlarged to this many pixels; 0: the checkpoint's own")
+    max_pixels: int = opt(0, "larger pictures are made smaller, to this many pixels at most; 0: the checkpoint's own")
     image: str = opt("", "ask about this one picture and print the chain")
     question: str = opt("", "what to ask about --image")
     choices: list[str] = opt([], "possible answers to --question")
@@ -75,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         jobs = make_jobs(records, config.levels if config.table_2 else None, config.seed)
         for name, checkpoint in models.items():
             meta = {"model": checkpoint, "weights": fingerprint(checkpoint), "data": fingerprint(path), "seed": config.seed,
-                    "plain": name in config.plain, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+                    "plain": name in config.plain, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens,
+                    "min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
             predict(config, rt, out / name, meta, jobs)
     if rt.is_main:
         rows = {name: read_predictions(out / name) for name in models}
@@ -120,7 +124,7 @@ def make_jobs(records: Sequence[dict], levels: list[float] | None, seed: int) ->
         clean = record.get("clean_image")
         if clean != record["image"]:
             jobs.append(job | {"shown": "as is", "image": record["image"], "degradations": truth, "true_response": record["response"]})
-        if clean is None or clean != record["image"] and (levels is None or form != "choice"):
+        if clean is None or clean != record["image"] and (levels is None or form != "choice" or isinstance(record["image"], list)):
             continue
         kind, damage_seed = benchmarks.draw_damage(Path(clean).name, seed)
         jobs.append(job | {"key": f"{key} clean", "shown": "clean", "image": clean, "degradations": []})
@@ -132,6 +136,11 @@ def make_jobs(records: Sequence[dict], levels: list[float] | None, seed: int) ->
 def picture(job: dict) -> tuple:
     """What tells one picture from another: the file, and what is done to it here."""
     return job["image"], *((*job["degradations"][0].values(), job["damage_seed"]) if job["damage_seed"] is not None else ())
+
+
+def pictures(job: dict) -> list[tuple]:
+    """The same of each picture that the job shows."""
+    return [picture(job | {"image": path}) for path in data.image_paths(job["image"])]
 
 
 def open_picture(key: tuple) -> Image.Image:
@@ -155,11 +164,11 @@ def predict(config: Config, rt: runtime.Runtime, folder: Path, meta: dict, jobs:
     runtime.barrier(rt)                                                             # all have read before anything is added
     first: dict[tuple, int] = {}
     for i, job in enumerate(jobs):
-        first.setdefault(picture(job), i)                                           # jobs on one picture follow each other
-    todo = sorted((job for job in jobs if job["key"] not in done), key=lambda job: first[picture(job)])
+        first.setdefault(pictures(job)[0], i)                                       # jobs on one picture follow each other
+    todo = sorted((job for job in jobs if job["key"] not in done), key=lambda job: first[pictures(job)[0]])
     if todo:
         todo = todo[len(todo) * rt.rank // rt.world_size:len(todo) * (rt.rank + 1) // rt.world_size]
-        model, processor = vlm.load(meta["model"], dtype=rt.dtype, device=rt.device)
+        model, processor = vlm.load(meta["model"], rt.dtype, rt.device, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         model.eval().requires_grad_(False)
         name = "predictions.jsonl" if rt.is_main else f"predictions.{rt.rank}.jsonl"
         bar = tqdm(total=len(todo), desc=folder.name, unit=" answers", disable=not rt.is_main)
@@ -177,26 +186,27 @@ def respond(config: Config, model, processor: vlm.Processor, jobs: list[dict], p
     """The jobs' rows, complete, batch by batch. A picture is read and encoded once for all the jobs on it."""
     batches = [jobs[i:i + config.batch] for i in range(0, len(jobs), config.batch)]
 
-    def opened(job: dict) -> Image.Image:
+    def opened(key: tuple, job: dict) -> Image.Image:
         try:
-            return open_picture(picture(job))
+            return open_picture(key)
         except data.DataError as error:
             place = f"{config.benchmark or config.data or 'test.jsonl'}:{job['key'].split()[0]}"
             raise data.DataError(f"{place}: {error}") from error
 
     def load(k: int) -> tuple[list[tuple], tuple]:
-        before = {picture(job) for job in batches[k - 1]} if k else set()
-        new = {picture(job): job for job in batches[k] if picture(job) not in before}
-        return list(new), processor.pixels([opened(job) for job in new.values()]) if new else ()
+        before = {key for job in batches[k - 1] for key in pictures(job)} if k else set()
+        new = {key: job for job in batches[k] for key in pictures(job) if key not in before}
+        return list(new), processor.pixels([opened(*item) for item in new.items()]) if new else ()
 
-    seen: dict[tuple, tuple] = {}                                                   # picture -> (1, 3) grid, [features]
+    seen: dict[tuple, tuple] = {}                                                   # picture -> (3,) grid, features
     for k, (new, pixels) in data.prefetch(load, range(len(batches))):
         if new:
-            seen |= {key: (grid[None], [f]) for key, grid, f in zip(new, pixels[1], vlm.encode_images(model, *pixels))}
-        seen = {picture(job): seen[picture(job)] for job in batches[k]}
+            seen |= zip(new, zip(pixels[1], vlm.encode_images(model, *pixels)))
+        seen = {key: seen[key] for job in batches[k] for key in pictures(job)}
         prompts = []
         for job in batches[k]:
-            grid, features = seen[picture(job)]
+            grids, features = zip(*(seen[key] for key in pictures(job)))
+            grid = torch.stack(grids)
             text = job["question"] if plain else build_prompt(job["question"])      # the question holds its choices already
             prompts.append(vlm.make_prompt(model, processor.prompt_ids(text, processor.visual_tokens(grid)), grid, features))
         seeds = [crc32(f"{config.seed} {job['key']}".encode()) for job in batches[k]]    # the same for every model and batch size
@@ -205,50 +215,6 @@ def respond(config: Config, model, processor: vlm.Processor, jobs: list[dict], p
         yield [job | {"plain": plain, "response": processor.decode(r.ids), "length": len(r.ids) - (not r.truncated),
                       "truth_length": job["true_response"] and len(processor.response_ids(job["true_response"])) - 1,
                       "truncated": r.truncated} for job, [r] in zip(batches[k], rollouts)]
-
-
-def check_meta(folder: Path, meta: dict) -> None:
-    """Predictions of other weights, or made in another way, are not mixed with these."""
-    path = folder / "meta.json"
-    if not path.exists() or not read_predictions(folder):
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"  {name}: was {old.get(name)!r}, now {meta[name]!r}" for name in meta if old.get(name) != meta[name]]
-    if any(not line.startswith("  model: ") for line in changed):                   # the same weights may lie elsewhere now
-        raise SystemExit("\n".join([f"{folder} holds predictions that were made otherwise:", *changed, "Give another --out, "
-                                    "delete that folder to predict anew, or use --score-only to report on what it holds."]))
-
-
-def fingerprint(name: str | Path) -> str:
-    """A hash of a file, or of a checkpoint folder's safetensors files; of a hub id, the id."""
-    digest = hashlib.sha256()
-    files = sorted(Path(name).glob("*.safetensors")) or [Path(name)]
-    for path in files if files[0].is_file() else ():
-        with open(path, "rb") as file:
-            while piece := file.read(2**22):
-                digest.update(piece)
-    return digest.hexdigest() if files[0].is_file() else str(name)
-
-
-def read_predictions(folder: Path) -> list[dict]:
-    """The rows on disk, from the files of all processes, each once. The half-written last line of a killed run is not one."""
-    rows = {}
-    for path in sorted(folder.glob("predictions*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-                rows[row["key"]] = row
-            except ValueError:
-                pass
-    return list(rows.values())
-
-
-def collect(folder: Path, order: dict[str, int]) -> None:
-    """Bring all rows into predictions.jsonl, whole lines only, in the order of the jobs."""
-    rows = sorted(read_predictions(folder), key=lambda row: order.get(row["key"], len(order)))
-    run_folder.write_text(folder / "predictions.jsonl", "".join(run_folder.to_json(row) + "\n" for row in rows))
-    for path in folder.glob("predictions.*.jsonl"):
-        path.unlink()
 
 
 # ---------------------------------------------------------------- 2. score, 3. report
@@ -276,7 +242,7 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
     if not config.question:
         raise SystemExit("--image needs --question: what is to be asked about the picture?")
     checkpoint = config.model or (GRPO if Path(GRPO).is_dir() else tiny.SFT)
-    model, processor = vlm.load(checkpoint, dtype=rt.dtype, device=rt.device)
+    model, processor = vlm.load(checkpoint, rt.dtype, rt.device, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     model.eval().requires_grad_(False)
     image = data.open_image(config.image)
     batch = data.collate([build_prompt(config.question, config.choices)], [image], processor)

@@ -38,7 +38,9 @@ class Config:
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("rl", "which share of the data: the paper's 75 percent for RL, its 25 for fine-tuning, or all", ["rl", "sft", "all"])
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
-    max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
+    max_image_tokens: int = opt(0, "a record whose pictures take more tokens is bad: it would need too much memory; 0: any number")
+    min_pixels: int = opt(0, "smaller pictures are enlarged to this many pixels; 0: the checkpoint's own")
+    max_pixels: int = opt(0, "larger pictures are made smaller, to this many pixels at most; 0: the checkpoint's own")
     out: str = opt("runs/grpo", "the run's folder")
     steps: int = opt(100, "rollouts; each is followed by --mu optimizer steps (one epoch of the released data: 469 at --prompts 16)")
     prompts: int = opt(16, "groups a step, over all processes")
@@ -90,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
 
-    policy, processor = vlm.load(config.model, device="cpu" if config.shard else rt.device)
+    device = rt.device if not config.shard else "cpu" if rt.is_main else "meta"       # rank 0 alone reads what is to be sharded
+    policy, processor = vlm.load(config.model, device=device, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     if config.skip_bad:
         records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
     vlm.freeze_vision(policy)

@@ -33,7 +33,9 @@ class Config:
     plain: bool = opt(False, "no chains: the question alone is asked, and answered by the answer alone (Table 3, w/o Reasoning)")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
-    max_image_tokens: int = opt(0, "a picture of more tokens is bad: it would need too much memory; 0: any number")
+    max_image_tokens: int = opt(0, "a record whose pictures take more tokens is bad: it would need too much memory; 0: any number")
+    min_pixels: int = opt(0, "smaller pictures are enlarged to this many pixels; 0: the checkpoint's own")
+    max_pixels: int = opt(0, "larger pictures are made smaller, to this many pixels at most; 0: the checkpoint's own")
     out: str = opt("runs/sft", "the run's folder")
     steps: int = opt(425, "optimizer steps; the default is the tiny model's (three epochs of the released data: 117 at --batch 64)")
     batch: int = opt(32, "records a step, over all processes")
@@ -75,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
 
-    model, processor = vlm.load(config.model, device="cpu" if config.shard else rt.device)
+    device = rt.device if not config.shard else "cpu" if rt.is_main else "meta"       # rank 0 alone reads what is to be sharded
+    model, processor = vlm.load(config.model, device=device, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     if config.skip_bad:
         records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
     if config.gradient_checkpointing:

@@ -18,6 +18,7 @@ from degrade import ALIASES, DEGRADATIONS, Degradation, canonical
 
 SECTIONS = ("TYPE", "INFLUENCE", "REASONING", "CONCLUSION", "ANSWER")  # the order of Eq. 4
 TAGS = tuple(tag for name in SECTIONS for tag in (f"<{name}>", f"<{name}_END>"))
+IMAGE = "<image>"  # stands for a picture in the text of a question
 INSTRUCTION = f"Give {', '.join(SECTIONS)} in this order."
 
 MAX_INSTANCES = 64  # there are 16 types; a cap keeps `parse` fast on a model that loops

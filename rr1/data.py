@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rr1 import runtime
 from rr1.chain import build_prompt
-from rr1.records import DataError, Records, open_image, read  # noqa: F401
+from rr1.records import DataError, Records, image_paths, open_image, read  # noqa: F401
 from rr1.run_folder import to_json, write_text
 from rr1.vlm import Processor, Prompt, encode_images, make_prompt
 
@@ -52,17 +52,20 @@ def seed_for(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def open_picture(record: dict, processor: Processor, max_image_tokens: int = 0) -> Image.Image:
-    """A record's picture; an error names the record's file and line too. `max_image_tokens` 0: any number of them."""
+def open_pictures(record: dict, processor: Processor, max_image_tokens: int = 0) -> list[Image.Image]:
+    """A record's pictures; an error names the record's file and line too. `max_image_tokens`, of all of them together; 0: any number."""
+    paths = image_paths(record["image"])
     try:
-        image = open_image(record["image"])
-        tokens = processor.image_tokens(image.width, image.height)
+        images = [open_image(path) for path in paths]
+        tokens = sum(processor.image_tokens(image.width, image.height) for image in images)
     except ValueError as error:
         raise DataError(f"{record['where']}: {error}") from error
     if max_image_tokens and tokens > max_image_tokens:
-        raise DataError(f"{record['where']}: {record['image']} ({image.width} x {image.height}) takes {tokens} tokens, more than "
-                        f"--max-image-tokens {max_image_tokens}: make it smaller, or leave it out with --skip-bad")
-    return image
+        named = " and ".join(f"{path} ({image.width} x {image.height})" for path, image in zip(paths, images))
+        raise DataError(f"{record['where']}: {named} {'takes' if len(paths) == 1 else 'together take'} {tokens} tokens, more than "
+                        f"--max-image-tokens {max_image_tokens}: make pictures smaller, on disk or by --max-pixels "
+                        f"{max(1, max_image_tokens // len(paths)) * processor.pixels_per_token}, or leave the record out with --skip-bad")
+    return images
 
 
 def leave_out_bad(records: Records, processor: Processor, max_image_tokens: int, out: Path, rt: runtime.Runtime) -> Records:
@@ -72,7 +75,7 @@ def leave_out_bad(records: Records, processor: Processor, max_image_tokens: int,
 
     def problem(i: int) -> str | None:
         try:
-            open_picture(records[i], processor, max_image_tokens)
+            open_pictures(records[i], processor, max_image_tokens)
         except DataError as error:
             return str(error)
 
@@ -95,33 +98,39 @@ def leave_out_bad(records: Records, processor: Processor, max_image_tokens: int,
 
 @dataclass
 class Batch:
-    """B prompts on their way into the model: token ids, patches of all images, their (B, 3) grid."""
+    """B prompts on their way into the model: token ids, how many images each has, patches of all images, their (images, 3) grid."""
     ids: list[list[int]]
+    images: list[int]
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
 
     def __getitem__(self, part: slice) -> "Batch":
         """Some of the prompts, with their own patches."""
-        patches = self.pixel_values.split(self.grid_thw.prod(-1).tolist())
-        return Batch(self.ids[part], torch.cat(patches[part]), self.grid_thw[part])
+        grids = self.grid_thw.split(self.images)
+        patches = self.pixel_values.split([int(grid.prod(-1).sum()) for grid in grids])
+        return Batch(self.ids[part], self.images[part], torch.cat(patches[part]), torch.cat(grids[part]))
 
 
-def collate(texts: Sequence[str], images: Sequence[Image.Image], processor: Processor) -> Batch:
-    """One picture and one text a prompt -> a Batch. Each image is preprocessed once, whatever will be sampled from it."""
-    pixel_values, grid = processor.pixels(images)
-    return Batch([processor.prompt_ids(text, [n]) for text, n in zip(texts, processor.visual_tokens(grid))], pixel_values, grid)
+def collate(texts: Sequence[str], images: Sequence[Image.Image | Sequence[Image.Image]], processor: Processor) -> Batch:
+    """One text and one picture (or several, in a list) a prompt -> a Batch. Each image is preprocessed once, whatever will be sampled
+    from it."""
+    images = [[own] if isinstance(own, Image.Image) else own for own in images]
+    counts = [len(own) for own in images]
+    pixel_values, grid = processor.pixels([image for own in images for image in own])
+    ids = [processor.prompt_ids(text, processor.visual_tokens(own)) for text, own in zip(texts, grid.split(counts), strict=True)]
+    return Batch(ids, counts, pixel_values, grid)
 
 
 def load_batch(records: Sequence[dict], processor: Processor, max_image_tokens: int = 0, plain: bool = False) -> Batch:
-    """The prompts of Eq. (1) for these records: picture and question, and, unless `plain`, a request for the chain."""
-    images = [open_picture(r, processor, max_image_tokens) for r in records]
+    """The prompts of Eq. (1) for these records: picture or pictures, the question, and, unless `plain`, a request for the chain."""
+    images = [open_pictures(r, processor, max_image_tokens) for r in records]
     return collate([r["question"] if plain else build_prompt(r["question"]) for r in records], images, processor)
 
 
 def encode(model, batch: Batch) -> list[Prompt]:
     """One pass of the vision tower over the batch's images -> prompts that sampling, reference and policy share."""
-    features = encode_images(model, batch.pixel_values, batch.grid_thw)
-    return [make_prompt(model, ids, grid[None], [f]) for ids, grid, f in zip(batch.ids, batch.grid_thw, features)]
+    features = iter(encode_images(model, batch.pixel_values, batch.grid_thw))
+    return [make_prompt(model, ids, grid, [next(features) for _ in grid]) for ids, grid in zip(batch.ids, batch.grid_thw.split(batch.images))]
 
 
 def short_answer(record: dict) -> str | None:

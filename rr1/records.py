@@ -8,6 +8,8 @@ Four forms, told apart by their fields, as JSON lines or as one JSON list:
     LLaMA-Factory  {"messages" or "conversations": [{"role" or "from": .., "content" or "value": ..}], "images": [..] or ".."}
     A-OKVQA        {"question_id", "image_id", "split", "question", "choices", "correct_choice_idx", ..}, beside a COCO folder:
                    its picture is {split}2017/{image_id:012}.jpg
+
+Several pictures in one record: "image" (or "images") is a list of paths, and the human turn says <image> as many times.
 """
 from __future__ import annotations
 
@@ -23,15 +25,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from degrade import Degradation
-from rr1.chain import Chain, build_question, parse, render
+from rr1.chain import IMAGE, Chain, build_question, parse, render
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+IN_FRONT = re.compile(rf"(\s*{IMAGE})*")
 CHUNK, LONGEST = 2**20, 2**24        # bytes of a JSON list read at a time, and of its longest item
 GAP = re.compile(r"[ \t\r\n,]*")
 
 
 class DataError(ValueError):
     """A record that cannot be used; the message names the file, the line and the field."""
+
+
+def image_paths(image: str | list[str]) -> list[str]:
+    """A record's `image`, which is one path or a list of several, as a list."""
+    return [image] if isinstance(image, str) else image
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -49,9 +57,10 @@ def read(path: str | Path, image_folder: str | Path | None = None, skip_bad: boo
     """Every record of a file, each checked once and parsed when it is asked for. `image` paths are relative to `image_folder`
     (default: the file's own folder), and must stay in it.
 
-    A record is a dict: `id`, `image` (full path), `question` (text, choices included), `response` (the true chain as written),
-    `chain` (parsed), `answer`, `choices` (or None), `degradations`, `where` (file:line), `number` (of the line, or of the item in
-    a list), and whatever else the file held. A bad one raises DataError, or with `skip_bad` is left out and told in `.bad`.
+    A record is a dict: `id`, `image` (full path; of several pictures a list of them), `question` (text, choices included), `response`
+    (the true chain as written), `chain` (parsed), `answer`, `choices` (or None), `degradations`, `where` (file:line), `number` (of the
+    line, or of the item in a list), and whatever else the file held. A bad one raises DataError, or with `skip_bad` is left out and told
+    in `.bad`.
     """
     path = Path(path)
     if not path.is_file():
@@ -174,8 +183,11 @@ def _normal(raw: Any, where: str) -> dict:
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{where}: {error}") from error
     raw["image"] = image[0] if isinstance(image, list) and len(image) == 1 else image
-    if not all(isinstance(path, str) for path in (raw["image"], raw.get("clean_image", ""))):
-        raise DataError(f"{where}: image is {image!r}, clean_image {raw.get('clean_image')!r}; expected one path each, relative to the image folder")
+    paths = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
+    if not paths or not all(isinstance(path, str) for path in (*paths, raw.get("clean_image", ""))):
+        raise DataError(f"{where}: image is {image!r}, clean_image {raw.get('clean_image')!r}; expected one path each, of an image also a list "
+                        "of them, relative to the image folder")
+    raw["question"] = _without_marks(raw["question"], len(paths), where)
     try:
         raw.get("degradations") is None or [Degradation(d["type"], float(d["intensity"])) for d in raw["degradations"]]
     except (KeyError, TypeError, ValueError) as error:
@@ -192,9 +204,17 @@ def _turns(raw: dict) -> dict:
             raise ValueError(f"a turn of {speaker!r} says {str(text)[:40]!r}; expected one human (or user) and one gpt (or assistant) turn, "
                              "both plain text")
         said[ROLES[speaker]] = str(text)
-    if said["human"].count("<image>") > 1:
-        raise ValueError(f"the question has {said['human'].count('<image>')} times <image>; expected one picture")
-    return {"question": said["human"].replace("<image>", "").strip(), "response": said["gpt"]}
+    return {"question": said["human"], "response": said["gpt"]}
+
+
+def _without_marks(question: str, pictures: int, where: str) -> str:
+    """The question without <image>. Only where several pictures are not all in front do the marks stay: they say where each one stands."""
+    marks = question.count(IMAGE)
+    if marks != pictures and (marks, pictures) != (0, 1):                # one picture may go unmarked
+        raise DataError(f"{where}: the question has {marks} times {IMAGE}, image has {pictures} path{'s' * (pictures > 1)}: "
+                        f"write {IMAGE} once for each path")
+    rest = question.replace(IMAGE, "") if pictures == 1 else question[IN_FRONT.match(question).end():]
+    return (question if IMAGE in rest else rest).strip()
 
 
 def _aokvqa(raw: dict) -> dict:
@@ -211,7 +231,8 @@ def _record(raw: dict, where: str, folder: Path, number: int) -> dict:
     chain = parse(raw["response"])
     known = raw.get("degradations")
     known = chain.degradations if known is None else [Degradation(d["type"], float(d["intensity"])) for d in known]
-    paths = {key: os.path.join(folder, raw[key]) for key in ("image", "clean_image") if key in raw}
+    full = lambda paths: [full(path) for path in paths] if isinstance(paths, list) else os.path.join(folder, paths)
+    paths = {key: full(raw[key]) for key in ("image", "clean_image") if key in raw}
     _inside(folder, raw, where, os.path.realpath)
     return {"id": _own_id(where), "choices": None, "answer": chain.answer, **raw, **paths, "where": where, "number": number, "chain": chain,
             "degradations": known}
@@ -224,7 +245,7 @@ def _own_id(where: str) -> str:
 
 def _inside(folder: Path, raw: dict, where: str, resolve=os.path.normpath) -> None:
     """Refuse a path that leads out of the image folder, by `..`, from the root, or (with os.path.realpath) over a link."""
-    for path in (raw["image"], raw.get("clean_image")):
+    for path in (*image_paths(raw["image"]), raw.get("clean_image")):
         if path is None or resolve is os.path.normpath and ".." not in path and not os.path.isabs(path):
             continue                                                     # most paths, a million times: nothing to resolve
         try:

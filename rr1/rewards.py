@@ -7,7 +7,7 @@ A reward is a plain function `(response, record) -> float`, a user's own too:
         return -response.length / 100
 
 `response` is a `Response`: the text, which also knows .length, .chain and .truncated. `record` is a dict: "chain" (the
-true Chain), "length" (its tokens), "answer" (str or None), "question", "choices" (list or None), "image" (path), "id".
+true Chain), "length" (its tokens), "answer" (str or None), "question", "choices" (list or None), "image" (path, or a list of several), "id".
 """
 
 import difflib

@@ -1,5 +1,6 @@
 """One model over N processes: each keeps an N-th of every parameter, gradient and optimizer state (FSDP2, torch's `fully_shard`).
 
+    spread     rank 0's weights to all: nobody else reads them
     forward    function(model, ..) as a forward pass: a layer is gathered when its turn comes and let go after it
     gathered   function(model, ..) with all layers gathered once, for many passes: sampling
     pieces     whole tensors out of the shards, one at a time
@@ -27,8 +28,9 @@ from rr1.runtime import Runtime, broadcast_parameters
 
 
 def shard(model, rt: Runtime):
-    """Shard the language model in place and move it to the device: every decoder layer is gathered as one piece, the embedding (which is
-    the projection to the vocabulary too, where tied) and the last norm as another. The frozen vision tower stays whole.
+    """Shard the language model of rank 0 in place, layer by layer, on the devices (the others may bring it as mere shapes): every decoder
+    layer is gathered as one piece, the embedding (which is the projection to the vocabulary too, where tied) and the last norm as
+    another. The frozen vision tower stays whole.
 
     Shards are in the parameters' own dtype (float32: master weights). Layers are gathered in `rt.dtype`, so a GPU receives bfloat16,
     which autocast would make of them anyway; embedding and last norm in float32, so hidden states add up in float32 from layer
@@ -37,9 +39,11 @@ def shard(model, rt: Runtime):
     if rt.world_size == 1:
         return model.to(rt.device)
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
-    visual, layers = model.model.visual.to(rt.device), model.model.language_model.layers
+    visual, layers = model.model.visual, model.model.language_model.layers
     for layer in layers:
+        spread(layer, rt)
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(rt.dtype, torch.float32, cast_forward_inputs=False))
+    spread(model, rt)                                                # what is left: embedding, last norm, vision tower
     trained = any(p.requires_grad for p in layers.parameters())      # then the backward pass needs the outer piece at once
     fully_shard(model, mesh=mesh, ignored_params=set(visual.parameters()), reshard_after_forward=not trained)
     for module in (model, *layers):
@@ -48,6 +52,18 @@ def shard(model, rt: Runtime):
     model.run = MethodType(lambda model, call: call(), model)        # FSDP gathers and frees around this method
     register_fsdp_forward_method(model, "run")
     return model
+
+
+@torch.no_grad()
+def spread(module, rt: Runtime) -> None:
+    """Bring rank 0's parameters and buffers to every process's device; those that are sharded already stay. The other processes may have
+    mere shapes (device "meta"). Tensors keep their identity, so what is tied stays tied."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if not isinstance(tensor, DTensor):
+            here = tensor.detach().to(rt.device) if rt.is_main else torch.empty_like(tensor, device=rt.device)
+            dist.broadcast(here, src=0)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            torch.utils.swap_tensors(tensor, torch.nn.Parameter(here, tensor.requires_grad) if is_parameter else here)
 
 
 def forward(model, function: Callable, *args: Any, **options: Any) -> Any:

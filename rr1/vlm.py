@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
+
+from rr1.chain import IMAGE
 
 # Tokens that stand for pixels or frame them. A policy that emits one breaks its own next forward pass, so none is sampled.
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -38,9 +40,15 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **image_options) -> "Processor":
-        """image_options: `min_pixels`, `max_pixels` (height x width after resizing), where the checkpoint's own will not do."""
-        return cls(AutoTokenizer.from_pretrained(name_or_path),
-                   Qwen2VLImageProcessorPil.from_pretrained(name_or_path, **image_options))
+        """image_options: `min_pixels`, `max_pixels` (height x width after resizing), where the checkpoint's own will not do; 0 or None: its
+        own. They are saved with the processor."""
+        given = {name: value for name, value in image_options.items() if value}
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, **given)
+        least, most = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+        if least > most:
+            raise SystemExit(f"--model {name_or_path}: at least {least} and at most {most} pixels contradict each other: "
+                             "give both --min-pixels and --max-pixels")
+        return cls(AutoTokenizer.from_pretrained(name_or_path), image_processor)
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -55,14 +63,21 @@ class Processor:
         """Tokens that the language model sees of each image: merge_size^2 patches make one."""
         return (grid_thw.prod(-1) // self.image_processor.merge_size ** 2).tolist()
 
+    @property
+    def pixels_per_token(self) -> int:
+        return (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+
     def image_tokens(self, width: int, height: int) -> int:
         """Tokens that the language model would see of a picture of this size; ValueError for one far too long and narrow."""
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size ** 2
 
     def prompt_ids(self, text: str, visual_tokens: Sequence[int]) -> list[int]:
-        """Token ids of one user turn, X_d (+) P of Eq. (1): the images first, then the text, then the assistant's
-        header."""
-        content = [{"type": "image"} for _ in visual_tokens] + [{"type": "text", "text": text}]
+        """Token ids of one user turn, X_d (+) P of Eq. (1): the images first, then the text, then the assistant's header. A text that says
+        <image> once for each of several images has them there."""
+        pieces = text.split(IMAGE)
+        if len(visual_tokens) < 2 or len(pieces) != len(visual_tokens) + 1:
+            pieces = [""] * len(visual_tokens) + [text]
+        content = [part for piece in pieces for part in ({"type": "text", "text": piece}, {"type": "image"})][:-1]
         rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                       add_generation_prompt=True)
         counts, ids = iter(visual_tokens), []
@@ -84,10 +99,15 @@ class Processor:
 
 def load(name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
          **image_options) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
-    """The model and its processor from a folder or a hub id; weights only as safetensors."""
+    """The model and its processor from a folder or a hub id; weights only as safetensors. On the device "meta" nothing is read but the
+    configuration: the model has shapes and no weights, for `shard.shard`."""
     logging.disable_progress_bar()                                                  # of transformers: a line for every save and load
     try:
         processor = Processor.from_pretrained(name_or_path, **image_options)
+        if device == "meta":
+            with torch.device("meta"):
+                model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(name_or_path), dtype=dtype)
+            return model.eval(), processor
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise SystemExit(f"--model {name_or_path}: neither a checkpoint folder nor a model that can be downloaded: {error}") from error

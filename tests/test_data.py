@@ -73,7 +73,6 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
     (line(image="a/../../secret.png"), "out of the image folder"),
     (line(image="/etc/secret.png"), "out of the image folder"),
     (line(clean_image="../secret.png"), "out of the image folder"),
-    (line(image=["a.png", "b.png"]), "expected one path"),
     (line(image=7), "expected one path"),
     (line(degradations=[{"type": "noise"}]), "degradations"),
     (line(degradations=[{"name": "noise", "s": 0.2}]), "degradations"),

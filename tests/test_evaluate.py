@@ -1,6 +1,7 @@
 """evaluate.py as a user runs it, on a small random model and a small drawn world: what is asked, resuming, the report."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -122,6 +123,26 @@ def test_a_picture_is_encoded_once(checkpoint, world_folder, tmp_path, asked):
     assert [json.loads(line)["key"] for line in lines(tmp_path / "model")] == [str(i) for i in range(1, 10)]
 
 
+def test_fewer_pixels_are_shown(checkpoint, world_folder, tmp_path, monkeypatch, capsys):
+    """With --max-pixels, and without it where the checkpoint was saved with it; of a single --image too."""
+    seen, make = [], vlm.make_prompt
+    monkeypatch.setattr(vlm, "make_prompt", lambda model, ids, grid, features: (seen.append(len(features[0])), make(model, ids, grid, features))[1])
+    monkeypatch.setattr(data, "make_prompt", vlm.make_prompt)
+    shutil.copytree(checkpoint, tmp_path / "smaller")
+    vlm.Processor.from_pretrained(checkpoint, max_pixels=6272).save_pretrained(tmp_path / "smaller")
+    asked = ["--data", str(world_folder / "test.jsonl"), "--limit", "3", "--no-table-2", "--max-new-tokens", "20", "--temperature", "1"]
+    for flags, tokens in (([], 16), (["--max-pixels", "6272"], 4), (["--min-pixels", "20000", "--max-pixels", "50000"], 36)):
+        evaluate.main(["--model", checkpoint, *asked, *flags, "--out", str(tmp_path / str(tokens))])
+        assert set(seen) == {tokens}
+        seen.clear()
+        evaluate.main(["--model", checkpoint, "--image", str(next((world_folder / "images").iterdir())), "--question", "what?", *flags])
+        assert seen.pop() == tokens
+    evaluate.main(["--model", str(tmp_path / "smaller"), *asked, "--out", str(tmp_path / "saved")])
+    assert seen == [4] * 3 and lines(tmp_path / "saved" / "model") == lines(tmp_path / "4" / "model") != lines(tmp_path / "16" / "model")
+    with pytest.raises(SystemExit, match="at least 784 and at most 500 pixels contradict each other: give both"):
+        evaluate.main(["--model", checkpoint, *asked, "--max-pixels", "500", "--out", str(tmp_path / "none")])
+
+
 def test_a_picture_that_is_missing_is_named_by_file_and_line(checkpoint, tmp_path):
     with pytest.raises(data.DataError, match=r"one\.jsonl:1: .*a\.png: cannot be read as an image"):
         evaluate.main(["--model", checkpoint, "--data", str(one_record(tmp_path)), "--out", str(tmp_path / "out")])
@@ -163,6 +184,7 @@ def test_predictions_made_otherwise_are_not_mixed(finished, arguments, checkpoin
     before = lines(finished / "sft")
     for change, field in ((["--temperature", "0"], "temperature: was 1.0, now 0.0"), (["--max-new-tokens", "9"], "max_new_tokens"),
                           (["--seed", "1"], "seed"), (["--plain", "sft"], "plain: was False, now True"),
+                          (["--max-pixels", "6272"], "max_pixels: was None, now 6272"),
                           (["--data", str(Path(arguments[4]).with_name("train.jsonl"))], "data")):
         with pytest.raises(SystemExit, match=rf"(?s)sft holds predictions.*{field}.*another --out"):
             evaluate.main([*arguments, "--models", arguments[2], *change, "--out", str(finished)])

@@ -58,10 +58,11 @@ class Collectives(TorchDispatchMode):
 
 def train(folder: Path, name: str, flags: str) -> dict:
     """Run a script; what it did that its folder does not show."""
-    seen, originals = {"sharded": [], "checkpointed": 0}, (shard.shard, transformers.modeling_utils.checkpoint)
+    seen, originals = {"sharded": [], "came on": set(), "checkpointed": 0}, (shard.shard, transformers.modeling_utils.checkpoint)
 
     def note_shard(model, rt):
         seen["sharded"].append(model)
+        seen["came on"] |= {p.device.type for p in model.model.language_model.parameters()}
         return originals[0](model, rt)
 
     def note_checkpoint(*args, **options):
@@ -74,7 +75,7 @@ def train(folder: Path, name: str, flags: str) -> dict:
         importlib.import_module(module).main(argv)
     shard.shard, transformers.modeling_utils.checkpoint = originals
     models = seen["sharded"]
-    return {"collectives": collectives.counts, "checkpointed": seen["checkpointed"], "sharded": len(models),
+    return {"collectives": collectives.counts, "checkpointed": seen["checkpointed"], "sharded": len(models), "came on": sorted(seen["came on"]),
             "one tower": len({id(model.model.visual) for model in models}) == 1,
             "here": [sum(p.to_local().numel() if isinstance(p, DTensor) else 0 for p in model.parameters()) for model in models],
             "whole": [sum(p.numel() for p in model.model.language_model.parameters()) for model in models]}
@@ -124,11 +125,14 @@ def compare(folder: Path, rt: runtime.Runtime) -> dict:
     records = data.read(inputs["data"])
     for dtype in (torch.float32, torch.bfloat16):
         runtime.Runtime.dtype = property(lambda self, dtype=dtype: dtype)
-        models = [vlm.load(inputs["model"]) for _ in range(2)]
-        (one, processor), (other, _) = models
+        (one, processor), (other, _) = vlm.load(inputs["model"]), vlm.load(inputs["model"], device="cpu" if rt.is_main else "meta")
         vlm.freeze_vision(one), vlm.freeze_vision(other)
         shard.shard(other, rt)
         if dtype == torch.float32:
+            found = dict([*other.named_parameters(), *other.named_buffers()])
+            same = {name: torch.equal(tensor, shard.whole(found[name])) for name, tensor in [*one.named_parameters(), *one.named_buffers()]}
+            said |= {"apart": [name for name, equal in same.items() if not equal], "buffers": len(list(one.buffers())),
+                     "tied": other.lm_head.weight is other.get_input_embeddings().weight}
             a = sample(one, processor, records, rt, rollout.sample_group)
             with Collectives() as collectives:
                 b = sample(other, processor, records, rt, lambda *args, **options: shard.gathered(other, rollout.sample_group, *args[1:], **options))
@@ -224,6 +228,13 @@ def test_each_process_keeps_its_half(ranks):
             assert said[name]["sharded"] == (1 if "sft" in name else 2) and said[name]["one tower"]
             for here, whole in zip(said[name]["here"], said[name]["whole"]):
                 assert 0.48 * whole < here < 0.52 * whole
+
+
+def test_only_rank_0_reads_the_weights_and_all_get_them(ranks):
+    """Bit for bit, with the buffers that are in no file (rotary frequencies) and the tied projection."""
+    for rank, said in enumerate(ranks):
+        assert all(said[name]["came on"] == [("cpu", "meta")[rank]] for name in JOBS)
+        assert said["compare"]["apart"] == [] and said["compare"]["buffers"] >= 3 and said["compare"]["tied"]
 
 
 def test_checkpointing_computes_every_layer_again(ranks):

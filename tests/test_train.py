@@ -218,6 +218,16 @@ def two_checkpoints(lab, base, run):
     assert equal(base, run) and run.checkpoints == ["step-000001", "step-000002"] != base.checkpoints
 
 
+def saves_pixels(least, most):
+    """A check that the pictures have other sizes, and that every checkpoint says so: an evaluation afterwards will use the same."""
+    def check(lab, base, run):
+        changed(lab, base, run)
+        for path in (run.out / "model", run.out / "checkpoints" / "step-000002" / "model"):
+            size = vlm.Processor.from_pretrained(path).image_processor.size
+            assert (size["shortest_edge"], size["longest_edge"]) == (least, most)
+    return check
+
+
 OFTEN = "--steps 1 --mu 2 --lr 2e-3"                             # the second update of a rollout is far from the first
 
 FLAGS = {"sft": [
@@ -226,10 +236,12 @@ FLAGS = {"sft": [
     ("", "--warmup 3", has(lr=lambda a, b: b["lr"] == pytest.approx(1e-3 * 2 / 3))), ("", "--weight-decay 0.5", changed),
     ("", "--max-grad-norm 1e-8", hardly_moved), ("", "--batch 3", has(tokens=lambda a, b: b["tokens"] < a["tokens"])),
     ("", "--micro-batch 4", close), ("", "--save-every 1", two_checkpoints),
+    ("", "--max-pixels 6272", saves_pixels(784, 6272)), ("", "--min-pixels 20000 --max-pixels 50000", saves_pixels(20000, 50000)),
 ], "grpo": [
     ("", "--part sft", changed), ("", "--seed 1", changed), ("", "--lr 2e-3", has(lr=lambda a, b: b["lr"] == 2 * a["lr"])),
     ("", "--warmup 3", has(lr=lambda a, b: b["lr"] == pytest.approx(1e-3 * 2 / 3))), ("", "--weight-decay 0.5", changed),
     ("", "--max-grad-norm 1e-8", hardly_moved), ("", "--micro-batch 1", close), ("", "--save-every 1", two_checkpoints),
+    ("", "--max-pixels 6272", saves_pixels(784, 6272)), ("", "--min-pixels 20000 --max-pixels 50000", saves_pixels(20000, 50000)),
     ("", "--prompts 2", changed), ("", "--group-size 2", changed),
     ("", "--rewards len", has(deg=lambda a, b: "reward/deg" in a and "reward/deg" not in b)),
     ("", "--reward-weights 1 3", has(sum=lambda a, b: b["reward"] == pytest.approx(b["reward/deg"] + 3 * b["reward/len"]))),
