@@ -151,7 +151,7 @@ class ChatTeacher:
                              "your own by --base-url")
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url or None, max_retries=0, timeout=timeout)
         self.model, self.prices, self.max_cost, self.retries = model, (price_in, price_out), max_cost, retries
-        self.max_tokens, self.interval = max_tokens, 60 / per_minute if per_minute else 0.0
+        self.limit, self.interval = {"max_tokens": max_tokens}, 60 / per_minute if per_minute else 0.0
         self.stopped, self.why = threading.Event(), ""
         self._lock, self._next, self._asking = threading.Lock(), 0.0, 0
         self.receipts = read_rows(answers)
@@ -232,10 +232,9 @@ class ChatTeacher:
         content = [{"type": "text", "text": prompt}, *({"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images)]
         for tries in range(self.retries + 1):
             self._wait_for_turn()
-            asked_to_wait = None
+            asked_to_wait, limit = None, self.limit
             try:
-                reply = self._client.chat.completions.create(model=self.model, max_tokens=self.max_tokens,
-                                                             messages=[{"role": "user", "content": content}])
+                reply = self._client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": content}], **limit)
                 if _is_completion(reply):
                     return reply
                 problem = "what came is not a chat completion"
@@ -245,6 +244,9 @@ class ChatTeacher:
                     raise self.stop(f"{problem}: the key in OPENAI_API_KEY was not accepted") from None
                 if error.status_code == 404:
                     raise self.stop(f"{problem}: there is no model {self.model!r} at {self._client.base_url}") from None
+                if error.status_code == 400 and "max_completion_tokens" in str(error) and "max_tokens" in limit:
+                    self.limit = {"max_completion_tokens": limit["max_tokens"]}     # what models that think first want instead
+                    return self._request(step, prompt, images)
                 if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
                     raise Rejected(step, f"the server refuses the request, {problem}", self._without_key(str(error))) from None
                 asked_to_wait = error.response.headers.get("retry-after")

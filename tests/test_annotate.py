@@ -336,7 +336,7 @@ class Server:
         with self.lock:
             request = SimpleNamespace(number=len(self.log), body=raw, prompt=prompt, step=step_of(prompt), model=json.loads(raw)["model"],
                                       pictures=[part["image_url"]["url"] for part in content[1:]], key=http.headers["Authorization"],
-                                      max_tokens=json.loads(raw)["max_tokens"], time=time.monotonic())
+                                      max_tokens=json.loads(raw).get("max_tokens"), time=time.monotonic())
             self.log.append(request)
             self.open += 1
             self.most_open = max(self.most_open, self.open)
@@ -355,7 +355,7 @@ class Server:
             return
         status, kind, body = 200, "application/json", None
         if isinstance(how, int):
-            status, body = how, json.dumps({"error": {"message": f"no, {request.key}"}})
+            status, body = how, json.dumps({"error": {"message": f"no, {request.key}: use 'max_completion_tokens'"}})
         elif how == "html":
             kind, body = "text/html", "<html>Bad gateway</html>"
         elif how == "odd":
@@ -483,6 +483,13 @@ def test_a_refused_key_stops_at_once_and_is_shown_nowhere(server, questions, tmp
     written = "".join(path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
     captured = capsys.readouterr()
     assert "secret" not in written + captured.out + captured.err + str(stopped.value)
+
+
+def test_a_model_that_wants_max_completion_tokens_gets_it(server, questions, tmp_path):
+    server.behave = lambda request: 400 if request.max_tokens else "ok"
+    rows = build(questions, tmp_path, *flags(server, "--max-tokens", 77, "--retries", 0))
+    assert len(rows) == 2 and [request.max_tokens for request in server.log] == [77] + 8 * [None]
+    assert json.loads(server.log[1].body)["max_completion_tokens"] == 77
 
 
 def test_an_unknown_model_stops_at_once(server, questions, tmp_path):
