@@ -250,6 +250,15 @@ def test_a_world_cut_off_while_it_was_written_is_finished_and_one_that_is_whole_
 
 # ---------------------------------------------------------------- nothing outside knows of it
 
+def test_a_world_of_another_version_is_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "WORLD", world.write(tmp_path / "world", train=4, test=4))
+    assert tiny.dataset("test") == str(tmp_path / "world" / "test.jsonl")          # with `clean_image`, which is no difference
+    path = tmp_path / "world" / "train.jsonl"
+    path.write_text(path.read_text().replace("the picture shows", "one sees"))
+    with pytest.raises(SystemExit, match="drawn by another version of rr1: delete that folder"):
+        tiny.dataset("train")
+
+
 def test_nothing_outside_asks_whether_this_is_the_tiny_model():
     """Outside rr1/tiny it is named only for default paths: no branch, no comparison, no other import."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "rr1").glob("*.py")]:
