@@ -37,7 +37,7 @@ def test_a_notebook_keeps_to_the_form(path):
     assert prose[0].startswith(f"# {number}. ")
     assert sum("assert" in source for source in code) >= 4
     assert len(re.findall(r"<details><summary>Solution</summary>", "".join(prose))) == 2
-    assert all(len(source.strip().splitlines()) <= 12 for source in code), "a cell longer than twelve lines"
+    assert all(len(source.strip().splitlines()) <= 8 for source in code), "a cell longer than eight lines"
     promised = re.search(r"Eq\. (\d+)(?:-(\d+))?", prose[0].splitlines()[0])
     if promised:
         first, last = int(promised[1]), int(promised[2] or promised[1])
