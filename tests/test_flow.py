@@ -59,13 +59,12 @@ def end_std(sampler: str, steps: int) -> float:
 
 
 def test_ode_and_sde_end_at_the_right_deviation_as_steps_grow():
-    """.300 +- .003 at 1000 steps; with few steps the ODE ends too narrow and the SDE too wide."""
+    """.300 +- .003 at 1000 steps; with 10 both end too narrow, the ODE at .247 and the SDE at .282."""
     for sampler in ("ode", "sde"):
         ends = {steps: end_std(sampler, steps) for steps in (10, 40, 100, 1000)}
         errors = [abs(end - STD) for end in ends.values()]
-        print(sampler, ends)
         assert errors == sorted(errors, reverse=True) and errors[-1] < 0.003
-        assert errors[0] > 0.01, "the bias of coarse steps can be seen"
+        assert ends[10] == pytest.approx({"ode": 0.247, "sde": 0.282}[sampler], abs=1e-3)
 
 
 def test_the_samplers_take_the_steps_that_the_formulas_say():
