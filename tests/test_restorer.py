@@ -248,15 +248,25 @@ def test_another_encoder_pays_otherwise(lab, monkeypatch):
     assert asked == ["mine"] and run.rows[0]["reward/sem"] != base.rows[0]["reward/sem"] and run.rows[0]["reward/pix"] == base.rows[0]["reward/pix"]
 
 
+LONGER = "--steps 4 --save-every 2"
+
+
+@pytest.fixture(scope="module")
+def killed(lab) -> dict[str, Run]:
+    """A run of each stage that got SIGKILL after step 3 was logged and before it was saved."""
+    runs = {stage: Run(lab.folder / f"killed-{stage}") for stage in SMALL}
+    arguments = {stage: lab.arguments(stage, LONGER, run.out) for stage, run in runs.items()}
+    program = KILLED_AFTER_STEP_3.replace('f"train_{name}"', '"train_recover"')
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert "sft -9" in done.stdout and "grpo -9" in done.stdout, done.stderr[-3000:]
+    return runs
+
+
 @both
-def test_a_killed_run_goes_on_bit_for_bit(lab, stage):
-    longer = "--steps 4 --save-every 2"
-    run, whole = Run(lab.folder / f"killed-{stage}"), lab.run(stage, longer)
-    arguments = lab.arguments(stage, longer, run.out)
-    done = subprocess.run([sys.executable, "-c", KILLED_AFTER_STEP_3, json.dumps({"recover": arguments})], cwd=ROOT, capture_output=True, text=True)
-    assert "recover -9" in done.stdout, done.stderr[-3000:]
+def test_a_killed_run_goes_on_bit_for_bit(lab, killed, stage):
+    run, whole = killed[stage], lab.run(stage, LONGER)
     assert len(run.rows) == 3 and run.checkpoints == ["step-000002"]
-    train_recover.main([*arguments, "--resume"])
+    train_recover.main([*lab.arguments(stage, LONGER, run.out), "--resume"])
     assert equal(run, whole) and run.rows == whole.rows
 
 
