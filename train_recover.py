@@ -49,7 +49,7 @@ class Config:
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
     loss: str = opt("v", "sft: of the velocity, or of eps as the paper prints it", list(flow.LOSSES))
     times: str = opt("uniform", "sft: the law of t", list(flow.TIMES))
-    shift: float = opt(1.0, "sft: above 1 moves t towards noise")
+    shift: float = opt(30.0, "sft: above 1 moves t towards noise, t -> shift t / (1 + (shift - 1) t); 1 as the paper has it")
     group_size: int = opt(8, "grpo: G, recoveries of each picture")
     sampling_steps: int = opt(10, "grpo: steps of the sampler")
     noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))")
@@ -66,7 +66,7 @@ class Config:
     tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
 
 
-DEFAULTS = {"sft": {"out": "runs/recover", "steps": 2000, "batch": 16, "lr": 2e-3},
+DEFAULTS = {"sft": {"out": "runs/recover", "steps": 1500, "batch": 16, "lr": 2e-3},
             "grpo": {"out": "runs/recover-grpo", "steps": 60, "batch": 4, "lr": 1e-4, "model": tiny.RESTORER}}
 PANELS = {"sft": ["loss: loss", "gradient norm: grad_norm", "learning rate: lr", "seconds: seconds"],
           "grpo": ["reward (mean, spread within a group): reward reward_std", "reward terms: reward/*", "KL to the reference: kl",

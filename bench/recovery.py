@@ -12,7 +12,6 @@ intervals. Run it again after an interruption: what is finished stays, what was 
 """
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import statistics
 from dataclasses import dataclass
@@ -22,10 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("learning", HERE / "learning.py")
-learning = importlib.util.module_from_spec(spec)                # which puts the repository before this folder, with its degrade.py
-spec.loader.exec_module(learning)
+import learning  # beside this file; it puts the repository before this folder, which has a degrade.py of its own
 from rr1 import data, image_rewards, metrics, recovery, restorer, run_folder, runtime, tiny  # noqa: E402
 from rr1.intervals import Estimate, bootstrap, paired_difference  # noqa: E402
 from rr1.runtime import opt  # noqa: E402

@@ -4,10 +4,13 @@
     load_source     one of them, from --data; load_pairs, held_out: batches
     measure         what a restorer makes of pairs: PSNR, SSIM, R_sem of each picture
     strip           damaged, recovered and clean pictures as one, to look at
+
+    python -m rr1.recovery --model runs/photos/model --out strip.png    # crops of scikit-image's photos: damaged, recovered, clean
 """
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Sequence
@@ -18,8 +21,9 @@ import torch
 from torch import Tensor
 
 from degrade import SUFFIXES, degrade, sample_degradations
-from rr1 import data, image_rewards, restorer
+from rr1 import data, image_rewards, restorer, run_folder, runtime, tiny
 from rr1.restorer import resize, to_tensor, to_uint8
+from rr1.runtime import opt
 from rr1.tiny import world
 
 
@@ -116,3 +120,35 @@ def strip(*rows: Tensor, zoom: int = 2) -> bytes:
 def recover(model: restorer.Restorer, damaged: Tensor, steps: int = 40, seed: int = 0) -> Tensor:
     """`restorer.restore` of pictures number 0, 1, .., each from noise of its own that depends on seed and number only."""
     return restorer.restore(model, damaged, steps, [data.seed_for(seed, i) for i in range(len(damaged))])
+
+
+@dataclass
+class Config:
+    model: str = opt(tiny.RESTORER, "a restorer's folder")
+    data: str = opt("", "a folder of clean photos, or a file of records with clean_image; empty: scikit-image's own photos")
+    n: int = opt(10, "crops to show, of one photo after the other")
+    steps: int = opt(40, "Euler steps")
+    seed: int = opt(0, "fixes crops, damage and noise")
+    out: str = opt("strip.png", "file to write")
+
+
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")    # in scikit-image's package
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = runtime.parse_config(Config, argv, __doc__)
+    model = restorer.Restorer.from_pretrained(config.model).eval()
+    if config.data:
+        source = load_source(config.data, "", model.config["side"])
+    else:
+        import skimage
+        source = Photos([Path(skimage.__file__).parent / "data" / name for name in PHOTOS], model.config["side"])
+    damaged, clean = load_pairs(source, [i % len(source) for i in range(config.n)], [data.seed_for(config.seed, i) for i in range(config.n)])
+    recovered = recover(model, damaged, config.steps, config.seed)
+    run_folder.write_bytes(Path(config.out), strip(damaged, recovered, clean))
+    for name, pictures in (("damaged", damaged), ("recovered", recovered)):
+        print(f"{name:10s} PSNR {image_rewards.psnr(pictures, clean).mean():.2f} dB  SSIM {image_rewards.ssim(pictures, clean).mean():.3f}")
+
+
+if __name__ == "__main__":
+    main()
