@@ -17,7 +17,7 @@ By default on the drawn world, whose scenes are drawn as they are needed:
 
 Differences from the paper: it fine-tunes one 7B model that both recovers and reasons; here the restorer is a network of its own, in
 pixels, with no recovery prompt. Stage I trains the velocity; the paper prints the loss of eps (--loss eps), which is the
-same times (1 - t)^2. Its number of steps, clip and KL weight are not given.
+same times (1 - t)^2, with t uniform (--shift 1), which learns far slower here. Its number of steps, clip and KL weight are not given.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Config:
     out: str = opt("", "the run's folder; empty: runs/recover or runs/recover-grpo")
     steps: int | None = opt(None, "optimizer steps, or rollouts of grpo; default: see DEFAULTS in train_recover.py")
     batch: int | None = opt(None, "pictures a step, over all processes; groups of grpo")
-    micro_batch: int = opt(16, "pictures of a forward and backward pass, in each process; of grpo, paths, in whole groups")
+    micro_batch: int = opt(16, "pictures of a forward and backward pass, in each process; of grpo, paths")
     lr: float | None = opt(None, "peak learning rate")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down to a fiftieth follows")
     weight_decay: float = opt(0.01, "of AdamW, on matrices and kernels only")
@@ -53,7 +53,7 @@ class Config:
     group_size: int = opt(8, "grpo: G, recoveries of each picture")
     sampling_steps: int = opt(10, "grpo: steps of the sampler")
     noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))")
-    window: int = opt(0, "grpo: noise on this many steps in a row, drawn for each rollout; 0: on all")
+    window: int = opt(4, "grpo: noise on this many steps in a row, drawn for each rollout; 0: on all")
     early: int = opt(5, "grpo: the window lies within the first this many")
     encoder: str = opt(tiny.BASE, "grpo: a Qwen2.5-VL, whose vision tower says what is alike, or a CLIP; folder or hub id")
     reward_weights: list[float] = opt([image_rewards.PIX, image_rewards.SEM], "grpo: of R_pix and R_sem (the published ones)")

@@ -17,7 +17,7 @@ from rr1 import data, image_rewards, recovery, restorer, run_folder
 from rr1.tiny import world
 
 SMALL = {"sft": "--steps 2 --batch 4 --micro-batch 4 --side 16 --lr 1e-3 --warmup 1",
-         "grpo": "--stage grpo --steps 2 --batch 2 --group-size 4 --micro-batch 8 --sampling-steps 3 --lr 1e-4 --warmup 1"}
+         "grpo": "--stage grpo --steps 2 --batch 2 --group-size 4 --micro-batch 8 --sampling-steps 3 --window 0 --lr 1e-4 --warmup 1"}
 both = pytest.mark.parametrize("stage", SMALL)
 
 
