@@ -17,7 +17,8 @@ By default on the drawn world, whose scenes are drawn as they are needed:
 
 Differences from the paper: it fine-tunes one 7B model that both recovers and reasons; here the restorer is a network of its own, in
 pixels, with no recovery prompt. Stage I trains the velocity; the paper prints the loss of eps (--loss eps), which is the
-same times (1 - t)^2, with t uniform (--shift 1), which learns far slower here. Its number of steps, clip and KL weight are not given.
+same times (1 - t)^2, with t uniform (--shift 1); here t begins near noise and ends uniform, which learns faster. Its number of steps, clip
+and KL weight are not given.
 """
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class Config:
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
     loss: str = opt("v", "sft: of the velocity, or of eps as the paper prints it", list(flow.LOSSES))
     times: str = opt("uniform", "sft: the law of t", list(flow.TIMES))
-    shift: float = opt(30.0, "sft: above 1 moves t towards noise, t -> shift t / (1 + (shift - 1) t); 1 as the paper has it")
+    shift: float = opt(30.0, "sft: t -> shift t / (1 + (shift - 1) t), towards noise; falls to 1, t uniform, by the last step; 1 as the paper has it")
     group_size: int = opt(8, "grpo: G, recoveries of each picture")
     sampling_steps: int = opt(10, "grpo: steps of the sampler")
     noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))")
@@ -129,8 +130,8 @@ def fine_tune(config: Config, rt: runtime.Runtime, run: run_folder.RunFolder, mo
             for group in optimizer.param_groups:
                 group["lr"] = rate
             z_c, z_0 = encode(damaged.to(rt.device)), encode(clean.to(rt.device))
-            eps = restorer.noise(seeds, z_0.shape[1:], rt.device)
-            t = torch.cat([flow.sample_t(1, torch.Generator().manual_seed(seed + 1), config.times, config.shift) for seed in seeds]).to(rt.device)
+            eps, shift = restorer.noise(seeds, z_0.shape[1:], rt.device), config.shift ** (1 - step / config.steps)
+            t = torch.cat([flow.sample_t(1, torch.Generator().manual_seed(seed + 1), config.times, shift) for seed in seeds]).to(rt.device)
             total = 0.0
             for i in range(0, len(seeds), config.micro_batch):
                 c = slice(i, i + config.micro_batch)
