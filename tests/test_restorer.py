@@ -13,7 +13,7 @@ import torch
 from test_train import KILLED_AFTER_STEP_3, ROOT, Run, equal
 
 import train_recover
-from rr1 import data, image_rewards, recovery, restorer, run_folder
+from rr1 import data, image_rewards, recovery, restorer, run_folder, tiny
 from rr1.tiny import world
 
 SMALL = {"sft": "--steps 2 --batch 4 --micro-batch 4 --side 16 --lr 1e-3 --warmup 1",
@@ -184,6 +184,21 @@ def test_a_data_set_with_recovered_pictures(lab, world_folder, tmp_path, monkeyp
         assert np.abs(a - b).max() <= 1, "a resumed run recovers what a whole one does"
     with pytest.raises(SystemExit, match="other options"):
         restorer.main([*arguments, "--seed", "1"])
+
+
+def test_a_strip_of_scikit_images_photos(lab, tmp_path, capsys):
+    recovery.main(["--model", str(lab.folder / "model"), "--n", "5", "--steps", "1", "--out", str(tmp_path / "strip.png")])
+    assert cv2.imread(str(tmp_path / "strip.png")).shape == (3 * 16 * 2, 5 * 16 * 2, 3)
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["damaged", "PSNR"], ["recovered", "PSNR"]]
+
+
+def test_the_shipped_restorer():
+    """Half of float32's size on disk, and nearer to the clean scenes than the damaged pictures are, in mean squared error."""
+    model = restorer.Restorer.from_pretrained(tiny.RESTORER).eval()
+    assert sum(p.stat().st_size for p in Path(tiny.RESTORER).iterdir()) < 4e6 and model.config["side"] == 56
+    damaged, clean = recovery.load_pairs(recovery.Drawn(56, seed=1), range(24), range(24))
+    recovered = recovery.recover(model, damaged, 5)
+    assert (recovered.clamp(0, 1) - clean).square().mean() < 0.8 * (damaged - clean).square().mean()
 
 
 # ---------------------------------------------------------------- training
