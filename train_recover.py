@@ -68,7 +68,7 @@ class Config:
 
 
 DEFAULTS = {"sft": {"out": "runs/recover", "steps": 1500, "batch": 16, "lr": 2e-3},
-            "grpo": {"out": "runs/recover-grpo", "steps": 60, "batch": 4, "lr": 1e-4, "model": tiny.RESTORER}}
+            "grpo": {"out": "runs/recover-grpo", "steps": 80, "batch": 4, "lr": 3e-4, "model": tiny.RESTORER}}
 PANELS = {"sft": ["loss: loss", "gradient norm: grad_norm", "learning rate: lr", "seconds: seconds"],
           "grpo": ["reward (mean, spread within a group): reward reward_std", "reward terms: reward/*", "KL to the reference: kl",
                    "shares: zero_std clip_low clip_high", "gradient norm: grad_norm", "loss: loss", "seconds: seconds/*"]}

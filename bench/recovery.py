@@ -27,7 +27,7 @@ from rr1.intervals import Estimate, bootstrap, paired_difference  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 from rr1.tiny import world  # noqa: E402
 
-CONTROL_LR = 6e-4                    # 0.3 of the default run's: this is a second round from a restorer that has converged once
+CONTROL_LR = 6e-4                    # 0.3 of the default run's: this is a second round, from the first one's end
 PROBE_STEPS, WARM = 12, 2            # of the timing; the first steps are slower
 MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem", "reward": "R", "read": "read right"}
 
