@@ -188,7 +188,8 @@ class RunFolder:
 
     def save(self, step: int, model: Any, processor: Any, optimizer: torch.optim.Optimizer, state: dict | None = None,
              generators: Mapping[str, Any] | None = None) -> None:
-        """Write checkpoints/step-NNNNNN whole or not at all, then delete all but the newest `keep`. It holds
+        """Write checkpoints/step-NNNNNN whole or not at all, then delete all but the newest `keep`. `processor` None: the model has none.
+        It holds
 
         model/ (an ordinary checkpoint folder), optimizer.safetensors (a large one in several files), state.json (step, learning
         rates, configuration) and for each rank a rank-N.json: its `state` (any JSON) and its random states, the global ones
@@ -209,7 +210,8 @@ class RunFolder:
             if self.rt.is_main:
                 save_file(piece, temporary / (f"optimizer-{n}.safetensors" if n else "optimizer.safetensors"))
         if self.rt.is_main:
-            processor.save_pretrained(temporary / "model")
+            if processor is not None:
+                processor.save_pretrained(temporary / "model")
             rates = [group["lr"] for group in optimizer.param_groups]
             write_text(temporary / "state.json", to_json({"step": step, "lr": rates, "config": self.config}, indent=2))
         barrier(self.rt)
@@ -272,7 +274,8 @@ class RunFolder:
         folder, temporary, old = (self.out / name for name in ("model", "model.tmp", "model.old.tmp"))
         shard.save_model(model, temporary, self.rt)
         if self.rt.is_main:
-            processor.save_pretrained(temporary)
+            if processor is not None:
+                processor.save_pretrained(temporary)
             if folder.exists():
                 os.replace(folder, old)
             os.replace(temporary, folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 BASE = str(Path(__file__).parent / "base")           # pretrained on captions, open and choice questions
 SFT = str(Path(__file__).parent / "sft")             # and then fine-tuned on chains: what train_sft.py makes of it
 GRPO = str(Path(__file__).parent / "grpo")           # and then reinforced: what train_grpo.py makes of that
+RESTORER = str(Path(__file__).parent / "restorer")   # recovers 56 x 56 pictures: what train_recover.py --stage sft makes
 WORLD = Path("runs/tiny-world")                      # where the data set is written when first needed
 
 

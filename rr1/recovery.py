@@ -1,0 +1,154 @@
+"""Robust-U1: pairs of a damaged and a clean picture to learn from, and how well the damage was undone.
+
+    Drawn, Photos   sources of pairs: len(source), source.pair(index, seed) -> (damaged, clean), uint8 RGB (side, side, 3)
+    load_source     one of them, from --data; load_pairs, held_out: batches
+    measure         what a restorer makes of pairs: PSNR, SSIM, R_sem of each picture
+    strip           damaged, recovered and clean pictures as one, to look at
+
+    python -m rr1.recovery --model runs/photos/model --out strip.png    # crops of scikit-image's photos: damaged, recovered, clean
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from degrade import SUFFIXES, degrade, sample_degradations
+from rr1 import data, image_rewards, restorer, run_folder, runtime, tiny
+from rr1.restorer import resize, to_tensor, to_uint8
+from rr1.runtime import opt
+from rr1.tiny import world
+
+
+class Drawn:
+    """The first n scenes of the drawn world `seed` (0: training, 1: held out), damaged at 112 x 112 as there, then shrunk."""
+
+    def __init__(self, side: int, seed: int = 0, n: int = world.TRAIN):
+        self.side, self.seed, self.n = side, seed, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def pair(self, index: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The damage belongs to the scene: `seed` plays no part."""
+        sample = world.sample(index, self.seed)
+        return resize(sample.image, self.side, self.side), resize(sample.clean, self.side, self.side)
+
+
+class Photos:
+    """Square crops of clean photos at random places and scales, shrunk to `side` and then damaged by one or two degradations."""
+
+    def __init__(self, paths: Sequence[str | Path], side: int):
+        self.paths, self.side = list(paths), side
+        self.open = lru_cache(64)(lambda path: np.asarray(data.open_image(path)))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pair(self, index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Everything random follows from `seed`."""
+        rng, photo = np.random.default_rng(seed), self.open(self.paths[index])
+        h, w = photo.shape[:2]
+        if min(h, w) < self.side:
+            raise data.DataError(f"{self.paths[index]}: {w} x {h} pixels, smaller than --side {self.side}: leave it out, or give a smaller side")
+        size = int(self.side * 2 ** rng.uniform(0, math.log2(min(h, w) / self.side)))
+        top, left = (int(rng.integers(n - size + 1)) for n in (h, w))
+        clean = resize(photo[top:top + size, left:left + size], self.side, self.side)
+        return degrade(clean, sample_degradations(rng, low=1, high=2), seed=int(rng.integers(2**31))), clean
+
+
+def load_source(path: str, images: str, side: int) -> Drawn | Photos:
+    """--data: "" for the drawn world, a folder of clean photos, or a file of records with `clean_image`."""
+    if not path:
+        return Drawn(side)
+    if Path(path).is_dir():
+        paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise SystemExit(f"--data {path}: no photos in this folder; there are readers for {', '.join(sorted(SUFFIXES))}")
+        return Photos(paths, side)
+    records = data.read(path, images)
+    lacking = [r["where"] for r in records if "clean_image" not in r]
+    if lacking:
+        raise SystemExit(f"{lacking[0]}: field clean_image is missing, which is what a restorer learns from ({len(lacking)} records in all)")
+    return Photos(list(dict.fromkeys(r["clean_image"] for r in records)), side)
+
+
+def load_pairs(source: Drawn | Photos, indices: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Damaged and clean pictures, (N, 3, side, side) each."""
+    damaged, clean = zip(*(source.pair(i, seed) for i, seed in zip(indices, seeds)))
+    return to_tensor(damaged), to_tensor(clean)
+
+
+def held_out(source: Drawn | Photos, n: int) -> tuple[Tensor, Tensor]:
+    """n pairs that no step trains on: of the drawn world its held-out scenes, of photos other crops of the first ones."""
+    if isinstance(source, Drawn):
+        source = Drawn(source.side, seed=1)
+    return load_pairs(source, [i % len(source) for i in range(n)], range(n))
+
+
+def noisy_steps(steps: int, window: int, early: int, generator: torch.Generator) -> range:
+    """Which of the sampler's steps carry noise: all of them with window 0, or `window` in a row, drawn from the first `early`."""
+    if not window:
+        return range(steps)
+    if not 0 < window <= early <= steps:
+        raise SystemExit(f"--window {window} --early {early}: a window of noisy steps must fit into the first --early of {steps} steps")
+    first = int(torch.randint(early - window + 1, (), generator=generator))
+    return range(first, first + window)
+
+
+def measure(pictures: Tensor, clean: Tensor, encoder: image_rewards.Encoder, batch: int = 64) -> dict[str, np.ndarray]:
+    """PSNR in dB, SSIM and R_sem of each picture, (N,)."""
+    functions = {"psnr": image_rewards.psnr, "ssim": image_rewards.ssim, "r_sem": lambda x, y: image_rewards.r_sem(x, y, encoder)}
+    pairs = list(zip(pictures.split(batch), clean.split(batch)))
+    return {name: torch.cat([function(x, y) for x, y in pairs]).cpu().numpy() for name, function in functions.items()}
+
+
+def strip(*rows: Tensor, zoom: int = 2) -> bytes:
+    """Rows of pictures (N, 3, H, W), one above the other, as a PNG."""
+    lines = [np.concatenate(list(to_uint8(row)), 1) for row in rows]
+    image = np.concatenate(lines)[..., ::-1].repeat(zoom, 0).repeat(zoom, 1)
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def recover(model: restorer.Restorer, damaged: Tensor, steps: int = 40, seed: int = 0) -> Tensor:
+    """`restorer.restore` of pictures number 0, 1, .., each from noise of its own that depends on seed and number only."""
+    return restorer.restore(model, damaged, steps, [data.seed_for(seed, i) for i in range(len(damaged))])
+
+
+@dataclass
+class Config:
+    model: str = opt(tiny.RESTORER, "a restorer's folder")
+    data: str = opt("", "a folder of clean photos, or a file of records with clean_image; empty: scikit-image's own photos")
+    n: int = opt(10, "crops to show, of one photo after the other")
+    steps: int = opt(40, "Euler steps")
+    seed: int = opt(0, "fixes crops, damage and noise")
+    out: str = opt("strip.png", "file to write")
+
+
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")    # in scikit-image's package
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = runtime.parse_config(Config, argv, __doc__)
+    model = restorer.Restorer.from_pretrained(config.model).eval()
+    if config.data:
+        source = load_source(config.data, "", model.config["side"])
+    else:
+        import skimage
+        source = Photos([Path(skimage.__file__).parent / "data" / name for name in PHOTOS], model.config["side"])
+    damaged, clean = load_pairs(source, [i % len(source) for i in range(config.n)], [data.seed_for(config.seed, i) for i in range(config.n)])
+    recovered = recover(model, damaged, config.steps, config.seed)
+    run_folder.write_bytes(Path(config.out), strip(damaged, recovered, clean))
+    for name, pictures in (("damaged", damaged), ("recovered", recovered)):
+        print(f"{name:10s} PSNR {image_rewards.psnr(pictures, clean).mean():.2f} dB  SSIM {image_rewards.ssim(pictures, clean).mean():.3f}")
+
+
+if __name__ == "__main__":
+    main()
