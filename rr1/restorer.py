@@ -185,6 +185,7 @@ class Config:
     model: str = opt(tiny.RESTORER, "a restorer's folder, as train_recover.py writes it")
     data: list[str] = opt([], "files of records; none: the drawn world's train and test, drawn on first use")
     images: str = opt("", "folder that image paths are relative to; empty: each file's own")
+    part: str = opt("all", "which share of the records: the 25 percent for fine-tuning, the 75 for RL, or all", ["all", "sft", "rl"])
     out: str = opt("runs/recovered", "folder of the new data set: for each file FILE.jsonl and FILE/ with its pictures")
     steps: int = opt(40, "Euler steps")
     batch: int = opt(64, "pictures at a time")
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", to_json(settings, indent=2) + "\n")
     for path in map(Path, config.data or [tiny.dataset("train"), tiny.dataset("test")]):
-        recover_file(model, data.read(path, config.images), out, path.stem, config)
+        recover_file(model, data.split(data.read(path, config.images), config.part), out, path.stem, config)
 
 
 def recover_file(model: Restorer, records: data.Records, out: Path, name: str, config: Config) -> None:
