@@ -1,10 +1,10 @@
-"""bench/learning.py and bench/table_3.py: their tables from hand-made predictions, and all their processes on next to nothing."""
+"""bench/learning.py, bench/table_3.py and bench/stage_3.py: their tables from hand-made predictions, and all their processes on next to nothing."""
 import json
 from pathlib import Path
 
 import pytest
 
-from bench import learning, runs, table_3
+from bench import learning, runs, stage_3, table_3
 from rr1 import metrics, tiny
 from rr1.chain import Chain, render
 from rr1.tiny import world
@@ -165,3 +165,30 @@ def test_table_3_from_end_to_end(checkpoint, tmp_path, monkeypatch, capsys, ship
     table_3.main(ask)
     second = capsys.readouterr().out
     assert "full: " not in second and second.partition("held-out")[2] == first.partition("held-out")[2]
+
+
+# ---------------------------------------------------------------- bench/stage_3.py
+
+def test_records_show_what_is_asked_for(tmp_path):
+    """One line of a recovered data set, with other pictures: as many marks as pictures, and no clean picture to be asked about again."""
+    (tmp_path / "pairs" / "test").mkdir(parents=True)
+    line = {"id": "7", "image": ["d.png", "r.png"], "clean_image": "x.png", "answer": "red",
+            "conversations": [{"from": "human", "value": "<image><image>what color?"}, {"from": "gpt", "value": "chain"}]}
+    (tmp_path / "pairs" / "test" / "test.jsonl").write_text(json.dumps(line) + "\n")
+    for kind, pictures in {"c": ["d.png"], "cr": ["d.png", "r.png"], "cx": ["d.png", "x.png"], "cc": ["d.png"] * 2}.items():
+        [shown] = map(json.loads, stage_3.write_shown(tmp_path, "test", kind).read_text().splitlines())
+        assert shown["image"] == pictures and "clean_image" not in shown and shown["answer"] == "red"
+        assert shown["conversations"] == [{"from": "human", "value": "<image>" * len(pictures) + "what color?"}, {"from": "gpt", "value": "chain"}]
+
+
+def test_the_table_of_stage_3_by_hand():
+    """The recovered picture answers ten of 200 more than the chain alone; all others answer as it does."""
+    models = {name: list(answers(100, .5, 150 + 10 * (name == "recovered"))) for name in stage_3.ROWS}
+    result = stage_3.compare(models)
+    assert result["n"] == 200 and result["now"]["chain"]["choice"]["value"] == 0.75 and result["now"]["chain"]["choice mid"]["n"] == 200
+    assert result["now"]["chain"]["open"]["n"] == 0 and "chain" not in result["less_chain"]
+    assert result["less_chain"]["recovered"]["choice"]["value"] == pytest.approx(0.05) and result["less_chain"]["twice"]["choice"]["value"] == 0
+    text = stage_3.report(result)
+    assert "| recovered (stage 3): I_c, I_r |" in text and "**+0.050 [" in text and "0.750 [0.686, 0.805] n 200" in text
+    with pytest.raises(SystemExit, match="same records"):
+        stage_3.compare(models | {"base": models["base"][:-1]})
