@@ -63,7 +63,8 @@ def spread(module, rt: Runtime) -> None:
             here = tensor.detach().to(rt.device) if rt.is_main else torch.empty_like(tensor, device=rt.device)
             dist.broadcast(here, src=0)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
-            torch.utils.swap_tensors(tensor, torch.nn.Parameter(here, tensor.requires_grad) if is_parameter else here)
+            fresh = torch.nn.Parameter(here, tensor.requires_grad) if is_parameter else here.detach()  # `here` itself gloo may still hold
+            torch.utils.swap_tensors(tensor, fresh)
 
 
 def forward(model, function: Callable, *args: Any, **options: Any) -> Any:
