@@ -82,7 +82,7 @@ def control_steps(out: Path, seed: int) -> int:
 
 def held_out(n: int, side: int) -> tuple[Tensor, Tensor, list[world.Scene]]:
     """The first n scenes of the test split that are damaged."""
-    source, pairs, scenes, index = recovery.Drawn(side, seed=1), [], [], 0
+    source, pairs, scenes, index = tiny.pairs(side, seed=1), [], [], 0
     while len(pairs) < n:
         if world.sample(index, 1).record["degradations"]:
             pairs.append(source.pair(index))

@@ -1,6 +1,6 @@
 """Robust-U1: pairs of a damaged and a clean picture to learn from, and how well the damage was undone.
 
-    Drawn, Photos   sources of pairs: len(source), source.pair(index, seed) -> (damaged, clean), uint8 RGB (side, side, 3)
+    Photos          a Source of pairs; `tiny.pairs` is another
     load_source     one of them, from --data; load_pairs, held_out: batches
     measure         what a restorer makes of pairs: PSNR, SSIM, R_sem of each picture
     strip           damaged, recovered and clean pictures as one, to look at
@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Sequence
+from typing import Protocol, Sequence
 
 import cv2
 import numpy as np
@@ -24,22 +24,18 @@ from degrade import SUFFIXES, degrade, sample_degradations
 from rr1 import data, image_rewards, restorer, run_folder, runtime, tiny
 from rr1.restorer import resize, to_tensor, to_uint8
 from rr1.runtime import opt
-from rr1.tiny import world
 
 
-class Drawn:
-    """The first n scenes of the drawn world `seed` (0: training, 1: held out), damaged at 112 x 112 as there, then shrunk."""
+class Source(Protocol):
+    """Pairs number 0 .. len(source) - 1."""
 
-    def __init__(self, side: int, seed: int = 0, n: int = world.TRAIN):
-        self.side, self.seed, self.n = side, seed, n
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return self.n
+    def pair(self, index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(damaged, clean), uint8 RGB (side, side, 3)."""
 
-    def pair(self, index: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """The damage belongs to the scene: `seed` plays no part."""
-        sample = world.sample(index, self.seed)
-        return resize(sample.image, self.side, self.side), resize(sample.clean, self.side, self.side)
+    def held_out(self) -> Source:
+        """Pairs that no step trains on."""
 
 
 class Photos:
@@ -63,11 +59,15 @@ class Photos:
         clean = resize(photo[top:top + size, left:left + size], self.side, self.side)
         return degrade(clean, sample_degradations(rng, low=1, high=2), seed=int(rng.integers(2**31))), clean
 
+    def held_out(self) -> Photos:
+        """The same photos: `held_out` below takes other seeds, so other crops."""
+        return self
 
-def load_source(path: str, images: str, side: int) -> Drawn | Photos:
+
+def load_source(path: str, images: str, side: int) -> Source:
     """--data: "" for the drawn world, a folder of clean photos, or a file of records with `clean_image`."""
     if not path:
-        return Drawn(side)
+        return tiny.pairs(side)
     if Path(path).is_dir():
         paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
         if not paths:
@@ -80,16 +80,15 @@ def load_source(path: str, images: str, side: int) -> Drawn | Photos:
     return Photos(list(dict.fromkeys(r["clean_image"] for r in records)), side)
 
 
-def load_pairs(source: Drawn | Photos, indices: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+def load_pairs(source: Source, indices: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Damaged and clean pictures, (N, 3, side, side) each."""
     damaged, clean = zip(*(source.pair(i, seed) for i, seed in zip(indices, seeds)))
     return to_tensor(damaged), to_tensor(clean)
 
 
-def held_out(source: Drawn | Photos, n: int) -> tuple[Tensor, Tensor]:
+def held_out(source: Source, n: int) -> tuple[Tensor, Tensor]:
     """n pairs that no step trains on: of the drawn world its held-out scenes, of photos other crops of the first ones."""
-    if isinstance(source, Drawn):
-        source = Drawn(source.side, seed=1)
+    source = source.held_out()
     return load_pairs(source, [i % len(source) for i in range(n)], range(n))
 
 

@@ -2,7 +2,7 @@
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):       # before torch is imported; subprocesses inherit it
-    os.environ.setdefault(name, "1")
+    os.environ[name] = "1"
 
 import pytest
 import torch

@@ -120,7 +120,7 @@ def test_latents_of_an_autoencoder(monkeypatch, tmp_path):
 # ---------------------------------------------------------------- pairs
 
 def test_drawn_pairs_are_the_worlds_pictures():
-    source = recovery.Drawn(56, seed=1)
+    source = tiny.pairs(56, seed=1)
     damaged, clean = source.pair(5)
     expected = world.sample(5, 1)
     assert np.array_equal(clean, cv2.resize(expected.clean, (56, 56), interpolation=cv2.INTER_AREA))
@@ -148,7 +148,7 @@ def test_a_file_of_records_needs_clean_images(world_folder):
 
 
 def test_measures_of_equal_pictures():
-    clean = recovery.load_pairs(recovery.Drawn(56, seed=1), range(3), range(3))[1]
+    clean = recovery.load_pairs(tiny.pairs(56, seed=1), range(3), range(3))[1]
     found = recovery.measure(clean, clean, lambda x: x.flatten(1), batch=2)
     assert {name: values.shape for name, values in found.items()} == {name: (3,) for name in ("psnr", "ssim", "r_sem")}
     assert found["psnr"].tolist() == [100] * 3 and found["ssim"].tolist() == [1] * 3 and found["r_sem"] == pytest.approx([1] * 3, abs=1e-4)
@@ -196,7 +196,7 @@ def test_the_shipped_restorer():
     """Half of float32's size on disk, and nearer to the clean scenes than the damaged pictures are, in mean squared error."""
     model = restorer.Restorer.from_pretrained(tiny.RESTORER).eval()
     assert sum(p.stat().st_size for p in Path(tiny.RESTORER).iterdir()) < 4e6 and model.config["side"] == 32
-    damaged, clean = recovery.load_pairs(recovery.Drawn(32, seed=1), range(24), range(24))
+    damaged, clean = recovery.load_pairs(tiny.pairs(32, seed=1), range(24), range(24))
     recovered = recovery.recover(model, damaged, 5)
     assert (recovered.clamp(0, 1) - clean).square().mean() < 0.8 * (damaged - clean).square().mean()
 

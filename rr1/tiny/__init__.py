@@ -11,7 +11,7 @@ from pathlib import Path
 BASE = str(Path(__file__).parent / "base")           # pretrained on captions, open and choice questions
 SFT = str(Path(__file__).parent / "sft")             # and then fine-tuned on chains: what train_sft.py makes of it
 GRPO = str(Path(__file__).parent / "grpo")           # and then reinforced: what train_grpo.py makes of that
-RESTORER = str(Path(__file__).parent / "restorer")   # recovers 56 x 56 pictures: what train_recover.py --stage sft makes
+RESTORER = str(Path(__file__).parent / "restorer")   # recovers 32 x 32 pictures: what train_recover.py --stage sft makes
 WORLD = Path("runs/tiny-world")                      # where the data set is written when first needed
 
 
@@ -29,3 +29,9 @@ def dataset(split: str) -> str:
             if {name: found.get(name) for name in now} != now:
                 raise SystemExit(f"{WORLD} was drawn by another version of rr1: delete that folder, and it is drawn again in half a minute")
     return str(path)
+
+
+def pairs(side: int, seed: int = 0):
+    """Damaged and clean pictures of the drawn world, side x side: of its training scenes (seed 0) or its held-out ones (1)."""
+    from rr1.tiny.pictures import Pairs
+    return Pairs(side, seed)
