@@ -73,6 +73,8 @@ def _source(row: dict, folder: Path, number: str) -> Source:
     photo = folder / (row["image"] if "image" in row else f"{row['split']}2017/{row['image_id']:012}.jpg")
     if not photo.is_file():
         raise ValueError(f"there is no photo {photo}: --images gives the folder that paths are relative to")
+    if not photo.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{photo} leads to {photo.resolve()}, out of the image folder: move the picture, or give another --images")
     question, choices = row["question"], row.get("choices") or None
     if not isinstance(question, str) or choices is not None and not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"question is {question!r}, choices {choices!r}; expected a text, and a list of texts or null")

@@ -267,6 +267,7 @@ def test_a_okvqa_json(tmp_path):
     ('{"image": "0.png"', r"2: not JSON"),
     ('{"image": "0.png", "answer": "cat"}', r"2: field 'question' is missing"),
     ('{"image": "none.png", "question": "?", "answer": "cat"}', r"2: there is no photo .*none.png: --images"),
+    ('{"image": "../outside.png", "question": "?", "answer": "cat"}', r"2: .*outside.png leads to .*out of the image folder: move"),
     ('{"image": "0.png", "question": "?"}', r"2: no answer; expected"),
     ('{"image": "0.png", "question": "?", "choices": ["a", "b"], "answer": "cat"}', r"2: answer 'cat' is none of the choices"),
     ('{"image": "0.png", "question": "?", "choices": [1, 2], "answer": 1}', r"2: question is .*choices \[1, 2\]"),
@@ -275,6 +276,7 @@ def test_a_okvqa_json(tmp_path):
     ('[1]', r"2: field .* is missing or of the wrong kind"),
 ])
 def test_a_bad_question_is_named_by_file_and_line(questions, tmp_path, bad, message):
+    (questions.parent.parent / "outside.png").write_bytes((questions.parent / "0.png").read_bytes())
     (tmp_path / "bad.jsonl").write_text(questions.read_text().splitlines()[0] + "\n" + bad + "\n")
     with pytest.raises(SystemExit, match="bad.jsonl:" + message):
         read_questions(tmp_path / "bad.jsonl", str(questions.parent))
