@@ -10,6 +10,7 @@ With several processes all of them call every function here, in the same order.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import math
 import os
@@ -67,6 +68,7 @@ def setup(seed: int | None = None) -> Runtime:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: where torchrun is killed, no orphan trains on
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        atexit.register(_end)                            # early, so that it runs after what others register, a tracker's last upload
     if seed is not None:
         seed_everything(seed + rank)
     return Runtime(rank, world_size, local_rank, device)
@@ -76,6 +78,14 @@ def teardown(rt: Runtime) -> None:
     """Leave the other processes, at the end of `main`."""
     if rt.world_size > 1:
         dist.destroy_process_group()
+
+
+def _end() -> None:
+    """The end of a process that has left the others: at once. Threads of gloo may outlive their group, and now and then they abort an
+    interpreter that takes itself apart ("terminate called without an active exception"), after all is done and written."""
+    if not dist.is_initialized():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
 
 
 def barrier(rt: Runtime) -> None:

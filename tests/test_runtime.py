@@ -573,6 +573,27 @@ def test_trackers_are_imported_only_when_asked(tmp_path, monkeypatch):
         run_folder.RunFolder(Config(out=str(tmp_path / "c")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
 
 
+LEAVE = """
+import atexit, sys
+from rr1 import runtime
+rt = runtime.setup(0)
+atexit.register(print, "last words of", rt.rank)
+if len(sys.argv) > 1:
+    raise SystemExit("broken")
+runtime.teardown(rt)
+print("left")
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_that_has_left_ends_at_once_but_not_before_others_last_words(tmp_path, fails):
+    (tmp_path / "leave.py").write_text(LEAVE)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "leave.py"),
+                           *["fail"] * fails], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode != 0) == fails and done.stdout.count("left") == 2 * (not fails)
+    assert fails or {"last words of 0", "last words of 1"} <= set(done.stdout.splitlines())
+
+
 if __name__ == "__main__":
     options = runtime.parse_config(Config)
     here = runtime.setup(options.seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -169,7 +170,7 @@ def folder(checkpoint, world_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "inputs.json").write_text(json.dumps({"model": checkpoint, "data": f"{world_folder}/train.jsonl"}))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
+                          cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONFAULTHANDLER": "1"})
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
     return folder
 
