@@ -10,15 +10,15 @@
 
 By default on the drawn world, whose scenes are drawn as they are needed:
 
-    python train_recover.py                                             # laptop, under 5 minutes -> runs/recover/model
+    python train_recover.py                                             # laptop, about 5 minutes -> runs/recover/model
     python train_recover.py --stage grpo                                # a few minutes more, from the shipped weights -> runs/recover-grpo
     torchrun --nproc-per-node 2 train_recover.py --out runs/recover2    # two processes, the same batch shared out
     python train_recover.py --data photos --side 64 --out runs/photos   # 64 x 64 crops of clean photos, damaged as they are drawn
 
 Differences from the paper: it fine-tunes one 7B model that both recovers and reasons; here the restorer is a network of its own, in
 pixels, with no recovery prompt. Stage I trains the velocity; the paper prints the loss of eps (--loss eps), which is the
-same times (1 - t)^2, with t uniform (--shift 1); here t begins near noise and ends uniform, which learns faster. Its number of steps, clip
-and KL weight are not given.
+same times (1 - t)^2, with t uniform (--shift 1); here t begins near noise and ends uniform, as
+trials suggested; the two have not been compared at equal time. The paper gives no number of steps, clip or KL weight.
 """
 from __future__ import annotations
 

@@ -188,8 +188,8 @@ class RunFolder:
 
     def save(self, step: int, model: Any, processor: Any, optimizer: torch.optim.Optimizer, state: dict | None = None,
              generators: Mapping[str, Any] | None = None) -> None:
-        """Write checkpoints/step-NNNNNN whole or not at all, then delete all but the newest `keep`. `processor` None: the model has none.
-        It holds
+        """Write checkpoints/step-NNNNNN whole or not at all, then delete all but the newest `keep`. `processor` None: the model
+        has none. It holds
 
         model/ (an ordinary checkpoint folder), optimizer.safetensors (a large one in several files), state.json (step, learning
         rates, configuration) and for each rank a rank-N.json: its `state` (any JSON) and its random states, the global ones
