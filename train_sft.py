@@ -39,7 +39,7 @@ class Config:
     out: str = opt("runs/sft", "the run's folder")
     steps: int = opt(425, "optimizer steps; the default is the tiny model's (three epochs of the released data: 117 at --batch 64)")
     batch: int = opt(32, "records a step, over all processes")
-    micro_batch: int = opt(32, "records a forward and backward pass, in each process")
+    micro_batch: int = opt(8, "records a forward and backward pass, in each process")
     lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down to a tenth follows")
     weight_decay: float = opt(0.01, "of AdamW, on matrices only")
@@ -106,14 +106,16 @@ def main(argv: list[str] | None = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             tokens = runtime.sum_over_ranks({"tokens": sum(map(len, responses))}, rt)["tokens"]
+            by_length = sorted(range(len(responses)), key=lambda i: len(batch.ids[i]) + len(responses[i]))    # alike together: less padding
             loss = 0.0
             for i in range(0, len(responses), config.micro_batch):
+                part = by_length[i:i + config.micro_batch]
                 with rt.autocast():
-                    prompts = data.encode(model, batch[i:i + config.micro_batch])
-                    logps, mask, _ = shard.forward(model, vlm.group_logps, prompts, [[ids] for ids in responses[i:i + config.micro_batch]])
-                part = sft_loss(logps, mask, tokens)
-                part.backward()
-                loss += part.item()
+                    prompts = data.encode(model, batch[part])
+                    logps, mask, _ = shard.forward(model, vlm.group_logps, prompts, [[responses[j]] for j in part])
+                share = sft_loss(logps, mask, tokens)
+                share.backward()
+                loss += share.item()
             runtime.sum_gradients(parameters, rt)
             norm = shard.whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True))
             optimizer.step()

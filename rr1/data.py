@@ -104,11 +104,11 @@ class Batch:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
 
-    def __getitem__(self, part: slice) -> "Batch":
-        """Some of the prompts, with their own patches."""
-        grids = self.grid_thw.split(self.images)
+    def __getitem__(self, part: Iterable[int]) -> "Batch":
+        """Some of the prompts, by their places, with their own patches."""
+        part, grids = list(part), self.grid_thw.split(self.images)
         patches = self.pixel_values.split([int(grid.prod(-1).sum()) for grid in grids])
-        return Batch(self.ids[part], self.images[part], torch.cat(patches[part]), torch.cat(grids[part]))
+        return Batch(*([own[i] for i in part] for own in (self.ids, self.images)), *(torch.cat([own[i] for i in part]) for own in (patches, grids)))
 
 
 def collate(texts: Sequence[str], images: Sequence[Image.Image | Sequence[Image.Image]], processor: Processor) -> Batch:

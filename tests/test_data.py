@@ -274,7 +274,7 @@ def test_load_batch_reads_what_the_records_name(world_folder, processor):
     for row, record in zip(batch.ids, records):
         assert row.count(processor.image_token_id) == 16
         assert record["question"] in processor.tokenizer.decode(row)
-    assert torch.equal(batch[1:2].pixel_values, data.load_batch(records[1:2], processor).pixel_values)
+    assert torch.equal(batch[[1]].pixel_values, data.load_batch(records[1:2], processor).pixel_values)
 
 
 def test_records_without_their_chains(world_folder, processor, tmp_path):

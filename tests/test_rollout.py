@@ -147,7 +147,7 @@ def test_what_is_sampled_depends_on_a_prompts_seed_and_not_on_its_company(model,
     together = rollout.sample_group(model, prompts, 6, seeds, **options(processor))
     assert len({len(r.ids) for group in together for r in group}) > 3, "rows should leave the batch at different times"
     backwards = rollout.sample_group(model, prompts[::-1], 6, seeds[::-1], **options(processor))[::-1]
-    alone = [rollout.sample_group(model, data.encode(model, batch[i:i + 1]), 6, seeds[i:i + 1], **options(processor))[0] for i in range(4)]
+    alone = [rollout.sample_group(model, data.encode(model, batch[[i]]), 6, seeds[i:i + 1], **options(processor))[0] for i in range(4)]
     monkeypatch.setattr(rollout, "SHRINK_AT", 0.0)               # rows never leave
     kept = rollout.sample_group(model, prompts, 6, seeds, **options(processor))
     for other in (backwards, alone, kept):
