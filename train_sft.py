@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     device = rt.device if not config.shard else "cpu" if rt.is_main else "meta"       # rank 0 alone reads what is to be sharded
     model, processor = vlm.load(config.model, device=device, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     if config.skip_bad:
-        records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt)
+        records = data.leave_out_bad(records, processor, config.max_image_tokens, run.out, rt, config.plain)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()

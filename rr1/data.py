@@ -68,32 +68,35 @@ def open_pictures(record: dict, processor: Processor, max_image_tokens: int = 0)
     return images
 
 
-def leave_out_bad(records: Records, processor: Processor, max_image_tokens: int, out: Path, rt: runtime.Runtime) -> Records:
-    """--skip-bad: the records whose pictures can be used, every one of them tried once. What is left out, lines that `read` could
-    not use included, is printed and written to out/skipped.json; a resumed run goes by that file."""
+def leave_out_bad(records: Records, processor: Processor, max_image_tokens: int, out: Path, rt: runtime.Runtime,
+                  plain: bool = False) -> Records:
+    """--skip-bad: the records whose pictures can be used, every one of them tried once; with `plain`, those that have an answer. What is
+    left out, lines that `read` could not use included, is printed and written to out/skipped.json; a resumed run goes by that file."""
     path = out / "skipped.json"
 
     def problem(i: int) -> str | None:
         try:
-            open_pictures(records[i], processor, max_image_tokens)
+            open_pictures(record := records[i], processor, max_image_tokens)
+            if plain:
+                plain_answer(record)
         except DataError as error:
             return str(error)
 
     with runtime.main_first(rt):
         if rt.is_main and not path.exists():
             found: dict[int, str] = {}
-            with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(records), desc="trying pictures", delay=2, disable=None) as bar:
+            with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(records), desc="trying records", delay=2, disable=None) as bar:
                 for start in range(0, len(records), 1000):              # not all at once: each waiting call takes memory
                     part = range(len(records))[start:start + 1000]
                     found |= {i: why for i, why in zip(part, pool.map(problem, part)) if why}
                     bar.update(len(part))
-            write_text(path, to_json({"lines": records.bad, "pictures": found}, indent=1))
+            write_text(path, to_json({"lines": records.bad, "records": found}, indent=1))
     skipped = json.loads(path.read_text(encoding="utf-8"))
-    reasons = [*skipped["lines"], *skipped["pictures"].values()]
+    reasons = [*skipped["lines"], *skipped["records"].values()]
     if rt.is_main and reasons:
         more = [f".. and {len(reasons) - 10} more in {path}"] if len(reasons) > 10 else []
         print("\n  ".join([f"{len(reasons)} bad records are left out ({path}):", *reasons[:10], *more]), flush=True)
-    return records.only([i for i in range(len(records)) if str(i) not in skipped["pictures"]])
+    return records.only([i for i in range(len(records)) if str(i) not in skipped["records"]])
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from degrade import Degradation
-from rr1 import data, records
+from rr1 import data, records, runtime
 
 CHAIN = "<TYPE>noise(0.20)<TYPE_END>\n<INFLUENCE>grain<INFLUENCE_END>\n<REASONING>a car<REASONING_END>\n" \
         "<CONCLUSION>it is a car<CONCLUSION_END>\n<ANSWER>1<ANSWER_END>"
@@ -290,6 +290,17 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
     assert data.plain_answer(answered) == answered["chain"].answer
     with pytest.raises(data.DataError, match=r"train\.jsonl:2: there is no answer to train on"):
         data.plain_answer(silent)
+
+
+def test_skip_bad_leaves_out_records_without_an_answer_where_answers_are_all(processor, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (56, 56)).save(tmp_path / "images" / "7.png")
+    records = data.read(write(tmp_path, line(), line(conversations=[{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a cat"}])))
+    for plain, kept in ((False, 2), (True, 1)):
+        out = tmp_path / str(plain)
+        out.mkdir()
+        assert len(data.leave_out_bad(records, processor, 0, out, runtime.Runtime(), plain)) == kept
+    assert "train.jsonl:2: there is no answer to train on" in capsys.readouterr().out
 
 
 def test_prefetch_keeps_the_order_and_works_ahead():

@@ -95,14 +95,16 @@ def test_where_pictures_stand(processor):
     assert f"user\n{one}what is <image>?<|im_end|>" in said("what is <image>?", [1])           # one picture is always in front
 
 
-def test_a_batch_slice_keeps_its_own_pictures(processor):
+def test_a_part_of_a_batch_keeps_its_own_pictures(processor):
     whole = data.collate(TEXTS, pictures(), processor)
     assert whole.images == [2, 3, 1] and [row.count(processor.image_token_id) for row in whole.ids] == [24, 18, 9]
     for i, (text, own) in enumerate(zip(TEXTS, pictures())):
-        alone, part = data.collate([text], [own], processor), whole[i:i + 1]
+        alone, part = data.collate([text], [own], processor), whole[[i]]
         assert part.ids == alone.ids and part.images == alone.images
         assert torch.equal(part.pixel_values, alone.pixel_values) and torch.equal(part.grid_thw, alone.grid_thw)
-    assert whole[1:].images == [3, 1] and len(whole[1:].grid_thw) == 4 and len(whole[1:].pixel_values) == (18 + 9) * 4
+    turned = whole[[2, 1]]
+    assert turned.images == [1, 3] and turned.ids == [whole.ids[2], whole.ids[1]] and len(turned.pixel_values) == (9 + 18) * 4
+    assert torch.equal(turned.grid_thw, torch.cat([whole[[2]].grid_thw, whole[[1]].grid_thw]))
 
 
 @torch.no_grad()
@@ -214,7 +216,7 @@ def test_a_record_whose_second_picture_is_bad_is_left_out(checkpoint, pairs, tmp
                  *SMALL[script].split(), "--steps", "1", "--skip-bad", "--max-image-tokens", "24"]
     SCRIPTS[script].main(arguments)
     assert "1 bad records are left out" in capsys.readouterr().out
-    skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())["pictures"]
+    skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())["records"]
     assert list(skipped) == ["1"] and "train.jsonl:2: " in skipped["1"] and "recovered/train-1.png" in skipped["1"]
 
 

@@ -337,21 +337,27 @@ def test_a_batch_that_cannot_be_shared_out_evenly_is_refused(monkeypatch):
 REAL = ROOT.parent / "shared" / "qwen2.5-vl-3b"
 
 
-@pytest.fixture(scope="module")
-def real_checkpoint(tmp_path_factory) -> str:
-    """The 3B configuration with two layers in each tower, random weights in bfloat16, the real tokenizer: 0.53 B parameters."""
+def write_real(folder: Path, layers: int | None, shard_size: str) -> str:
+    """The 3B configuration, with `layers` layers in each tower or all of them, random weights in bfloat16, the real tokenizer."""
     from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     from rr1.tiny.model import CHAT_TEMPLATE
-    folder, config = tmp_path_factory.mktemp("real"), Qwen2_5_VLConfig.from_pretrained(REAL)
-    config.text_config.num_hidden_layers, config.text_config.layer_types = 2, ["full_attention"] * 2
-    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 2, [1]
+    config = Qwen2_5_VLConfig.from_pretrained(REAL)
+    if layers:
+        config.text_config.num_hidden_layers, config.text_config.layer_types = layers, ["full_attention"] * layers
+        config.vision_config.depth, config.vision_config.fullatt_block_indexes = layers, [layers - 1]
     torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     vlm.Processor(tokenizer, AutoImageProcessor.from_pretrained(REAL, backend="pil")).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def real_checkpoint(tmp_path_factory) -> str:
+    """Two layers in each tower: 0.53 B parameters."""
+    return write_real(tmp_path_factory.mktemp("real"), 2, "50GB")
 
 
 @pytest.mark.slow
@@ -383,6 +389,25 @@ def test_the_real_configuration(real_checkpoint, world_folder, tmp_path):
         shutil.rmtree(sft), shutil.rmtree(rl)
     for a, b in zip(found[1], found[2], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="the real model's configuration is not beside the repository")
+def test_the_whole_real_model(tmp_path, world_folder):
+    """All 3.75 B parameters in bfloat16, from a folder of several files: one forward pass and a rollout of 8 tokens, whose
+    log-probabilities the scoring path confirms. Needs about 16 GB of memory, 8 GB of disk and some minutes."""
+    model, processor = vlm.load(write_real(tmp_path / "model", None, "2GB"), dtype=torch.bfloat16)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2 and 3.7e9 < sum(p.numel() for p in model.parameters()) < 3.8e9
+    vlm.freeze_vision(model)
+    records = [record for record, _ in zip(data.read(world_folder / "train.jsonl"), range(2))]
+    prompts = data.encode(model, data.load_batch(records, processor))
+    groups = rollout.sample_group(model, prompts, 2, [0, 1], end_id=processor.end_id, max_new_tokens=8, banned=processor.banned_ids)
+    assert all(1 <= len(r.ids) <= 8 and not set(r.ids) & set(processor.banned_ids) for group in groups for r in group)
+    with torch.no_grad():
+        logps, mask, _ = vlm.group_logps(model, prompts, [[r.ids for r in group] for group in groups], banned=processor.banned_ids)
+    for row, inside, r in zip(logps, mask.bool(), (r for group in groups for r in group)):
+        assert row[inside].tolist() == pytest.approx(r.logps, abs=0.1)              # bfloat16, in another order of sums
+    assert torch.isfinite(logps).all() and logps[mask.bool()].max() < -1            # random weights are sure of nothing
 
 
 if __name__ == "__main__":

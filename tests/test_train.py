@@ -316,8 +316,8 @@ def test_bad_records_stop_a_run_or_are_left_out(lab, no_plots, script, tmp_path,
     said = capsys.readouterr().out
     assert "3 bad records are left out" in said and f"{len(text) - 2} records from" in said
     listed = json.loads((out / "skipped.json").read_text())
-    assert "bad.jsonl:2: not JSON" in listed["lines"][0] and set(listed["pictures"]) == {"3", "5"}
-    assert "bad.jsonl:5: " in listed["pictures"]["3"] and "ratio" in listed["pictures"]["5"]
+    assert "bad.jsonl:2: not JSON" in listed["lines"][0] and set(listed["records"]) == {"3", "5"}
+    assert "bad.jsonl:5: " in listed["records"]["3"] and "ratio" in listed["records"]["5"]
     Image.new("RGB", (112, 112)).save(narrow)                                       # mended meanwhile: still left out
     SCRIPTS[script].main([*arguments, "--steps", "2", "--resume"])
     assert f"{len(text) - 2} records from" in capsys.readouterr().out
