@@ -5,7 +5,7 @@
 The whole language model is trained, the vision tower and its merger are frozen, the loss counts the response's tokens, the
 end-of-turn token included. By default the tiny base model learns from a quarter of the drawn world:
 
-    python train_sft.py                                                       # laptop, about 6 minutes -> runs/sft/model
+    python train_sft.py                                                       # laptop, 5 to 6 minutes -> runs/sft/model
     python train_sft.py --plain --out runs/plain                              # Table 3's "w/o Reasoning": answers without chains
     torchrun --nproc-per-node 2 train_sft.py --out runs/sft2                  # two processes, the same batch shared out
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.jsonl --images train_images \\
