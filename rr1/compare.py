@@ -77,7 +77,7 @@ def draw(groups: dict[str, list[Path]], path: Path) -> None:
         axes.set_title(CURVES.get(key) or key, fontsize=10), axes.set_xlabel("step", fontsize=8), axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8), axes.spines[["top", "right"]].set_visible(False)
         if place == 1 and len(groups) > 1:
-            axes.legend(fontsize=7, frameon=False)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=9, frameon=False)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
