@@ -8,9 +8,9 @@
            4. score       means of the same steps under the reference
            5. update      clipped ratio of the steps + beta KL, mu times
 
-By default on the drawn world, whose scenes are drawn as they are needed:
+By default on the drawn world, whose pairs are drawn on first use:
 
-    python train_recover.py                                             # laptop, about 5 minutes -> runs/recover/model
+    python train_recover.py                                             # laptop, about 4 minutes -> runs/recover/model
     python train_recover.py --stage grpo                                # a few minutes more, from the shipped weights -> runs/recover-grpo
     torchrun --nproc-per-node 2 train_recover.py --out runs/recover2    # two processes, the same batch shared out
     python train_recover.py --data photos --side 64 --out runs/photos   # 64 x 64 crops of clean photos, damaged as they are drawn
@@ -43,7 +43,7 @@ class Config:
     out: str = opt("", "the run's folder; empty: runs/recover or runs/recover-grpo")
     steps: int | None = opt(None, "optimizer steps, or rollouts of grpo; default: see DEFAULTS in train_recover.py")
     batch: int | None = opt(None, "pictures a step, over all processes; groups of grpo")
-    micro_batch: int = opt(16, "pictures of a forward and backward pass, in each process; of grpo, paths")
+    micro_batch: int = opt(32, "pictures of a forward and backward pass, in each process; of grpo, paths")
     lr: float | None = opt(None, "peak learning rate")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down to a fiftieth follows")
     weight_decay: float = opt(0.01, "of AdamW, on matrices and kernels only")
@@ -67,8 +67,8 @@ class Config:
     tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
 
 
-DEFAULTS = {"sft": {"out": "runs/recover", "steps": 3000, "batch": 16, "lr": 2e-3},
-            "grpo": {"out": "runs/recover-grpo", "steps": 80, "batch": 4, "lr": 3e-4, "model": tiny.RESTORER}}
+DEFAULTS = {"sft": {"out": "runs/recover", "steps": 2400, "batch": 32, "lr": 2.5e-3},
+            "grpo": {"out": "runs/recover-grpo", "steps": 80, "batch": 8, "lr": 1e-4, "model": tiny.RESTORER}}
 PANELS = {"sft": ["loss: loss", "gradient norm: grad_norm", "learning rate: lr", "seconds: seconds"],
           "grpo": ["reward (mean, spread within a group): reward reward_std", "reward terms: reward/*", "KL to the reference: kl",
                    "shares: zero_std clip_low clip_high", "gradient norm: grad_norm", "loss: loss", "seconds: seconds/*"]}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
 from bench.runs import interval, seconds, train  # noqa: E402
-from rr1 import data, image_rewards, metrics, recovery, restorer, run_folder, runtime, tiny  # noqa: E402
+from rr1 import data, image_rewards, metrics, records, recovery, restorer, run_folder, runtime, tiny  # noqa: E402
 from rr1.intervals import Estimate, bootstrap, paired_difference  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 from rr1.tiny import world  # noqa: E402
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     model = restorer.Restorer.from_pretrained(config.model)
     damaged, clean, scenes = held_out(config.n, model.config["side"])
     encoder, judge = image_rewards.load_encoder(tiny.BASE), trained_reader(out, model.config["side"], config.reader_steps)
-    rows = {"damaged": damaged, "clean": clean, "stage I": config.model} | {
+    rows = {"damaged": damaged, "clean": clean, "stage I, equidistant": config.model, "stage I": config.model} | {
         f"{kind}-{s}": str(out / f"{kind}-{s}" / "model") for kind in ("grpo", "control") for s in seeds}
     scores = {name: scored(out, name, shown, damaged, clean, scenes, encoder, judge, config) for name, shown in rows.items()}
 
@@ -133,7 +133,7 @@ def trained_reader(out: Path, side: int, steps: int, batch: int = 32) -> Reader:
         rng, scenes, images = np.random.default_rng([7, step]), [], []
         for _ in range(batch):
             scenes.append(world.sample_scene(rng))
-            images.append(restorer.resize(world.draw(scenes[-1], rng), side, side))
+            images.append(records.resize(world.draw(scenes[-1], rng), side, side))
         return recovery.to_tensor(images), scenes
 
     optimizer = runtime.build_optimizer(reader, 3e-3, 0.01)
@@ -168,7 +168,8 @@ def scored(out: Path, name: str, shown: Tensor | str, damaged: Tensor, clean: Te
         return dict(np.load(path))
     if isinstance(shown, str):
         print(f"{name}: recovers {len(damaged)} pictures", flush=True)
-        shown = recovery.recover(restorer.Restorer.from_pretrained(shown).eval(), damaged, config.steps)
+        shift = 1.0 if "equidistant" in name else restorer.SHIFT
+        shown = recovery.recover(restorer.Restorer.from_pretrained(shown).eval(), damaged, config.steps, shift=shift)
         run_folder.write_bytes(out / f"{name}.png", recovery.strip(damaged[:12], shown[:12], clean[:12]))
     found = recovery.measure(shown, clean, encoder)
     found |= {"reward": image_rewards.PIX * found["ssim"] + image_rewards.SEM * found["r_sem"], "read": read_right(judge, shown, scenes)}
@@ -182,7 +183,7 @@ def report(scores: dict[str, dict[str, np.ndarray]], seeds: list[int], took: dic
     plain = lambda e: f"{e.value:.2f}" if e.value >= 10 else f"{e.value:.3f}"
     less = lambda a, b: {m: paired_difference((scores[a][m], None), (scores[b][m], None)) for m in MEASURES}
     now = {name: {m: bootstrap(found[m]) for m in MEASURES} for name, found in scores.items()}
-    gain = {name: less(name, "damaged" if name == "stage I" else "stage I") for name in scores if name not in ("damaged", "clean")}
+    gain = {name: less(name, "damaged" if name.startswith("stage I") else "stage I") for name in scores if name not in ("damaged", "clean")}
     duel = {str(s): less(f"grpo-{s}", f"control-{s}") for s in seeds}
 
     def line(title: str, name: str) -> list[str]:
@@ -190,7 +191,7 @@ def report(scores: dict[str, dict[str, np.ndarray]], seeds: list[int], took: dic
         cells = [plain(now[name][m]) + (f" ({interval(change[m]._asdict())})" if m in change else "") for m in MEASURES]
         return [title, *cells, f"{took[name]:.0f}" if name in took else ""]
 
-    lines = [line("damaged", "damaged"), line("stage I (less damaged)", "stage I")]
+    lines = [line("damaged", "damaged"), *(line(f"{name} (less damaged)", name) for name in ("stage I", "stage I, equidistant"))]
     lines += [line(f"{title}, seed {s}", f"{kind}-{s}") for kind, title in (("grpo", "stage II"), ("control", "more stage I")) for s in seeds]
     lines += [[f"stage II less more stage I, seed {s}", *(interval(duel[str(s)][m]._asdict()) for m in MEASURES), ""] for s in seeds]
     lines += [line("clean", "clean")]

@@ -152,8 +152,9 @@ def plain_answer(record: dict) -> str:
 
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """(step, make(step)) in order; the next one is made in a thread while the last one is used."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    """(step, make(step)) in order; the next one is made in a thread while the last one is used. That thread computes alone: helpers of its
+    own would go on spinning for a while after each of its operations, on the cores that the training needs."""
+    with ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         ahead = None
         for step in steps:
             following = (step, pool.submit(make, step))

@@ -37,14 +37,15 @@ def eps_loss(v: Tensor, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (interpolate(z_0, eps, t) + (1 - _beside(t, v)) * v - eps).square().flatten(1).mean(1)
 
 
-time_grid = lambda steps: torch.linspace(1, 0, steps + 1, dtype=torch.float64)      # equidistant
+shifted = lambda t, shift: shift * t / (1 + (shift - 1) * t)                        # times moved towards noise (shift > 1)
+time_grid = lambda steps, shift=1.0: shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)     # equidistant with shift 1
 LOSSES, TIMES = {"v": v_loss, "eps": eps_loss}, ("uniform", "logit_normal")
 
 
 def sample_t(n: int, generator: torch.Generator | None = None, kind: str = "uniform", shift: float = 1.0) -> Tensor:
-    """Times (n,) to train at. A shift above 1 moves them towards noise: t -> shift t / (1 + (shift - 1) t)."""
+    """Times (n,) to train at, moved towards noise by a shift above 1."""
     t = torch.rand(n, generator=generator) if kind == "uniform" else torch.randn(n, generator=generator).sigmoid()
-    return shift * t / (1 + (shift - 1) * t)
+    return shifted(t, shift)
 
 
 @torch.no_grad()

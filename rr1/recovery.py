@@ -22,7 +22,8 @@ from torch import Tensor
 
 from degrade import SUFFIXES, degrade, sample_degradations
 from rr1 import data, image_rewards, restorer, run_folder, runtime, tiny
-from rr1.restorer import resize, to_tensor, to_uint8
+from rr1.records import resize
+from rr1.restorer import to_tensor, to_uint8
 from rr1.runtime import opt
 
 
@@ -67,7 +68,7 @@ class Photos:
 def load_source(path: str, images: str, side: int) -> Source:
     """--data: "" for the drawn world, a folder of clean photos, or a file of records with `clean_image`."""
     if not path:
-        return tiny.pairs(side)
+        return tiny.pairs(side).kept(tiny.WORLD)
     if Path(path).is_dir():
         paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
         if not paths:
@@ -116,9 +117,9 @@ def strip(*rows: Tensor, zoom: int = 2) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-def recover(model: restorer.Restorer, damaged: Tensor, steps: int = 40, seed: int = 0) -> Tensor:
+def recover(model: restorer.Restorer, damaged: Tensor, steps: int = 40, seed: int = 0, shift: float = restorer.SHIFT) -> Tensor:
     """`restorer.restore` of pictures number 0, 1, .., each from noise of its own that depends on seed and number only."""
-    return restorer.restore(model, damaged, steps, [data.seed_for(seed, i) for i in range(len(damaged))])
+    return restorer.restore(model, damaged, steps, [data.seed_for(seed, i) for i in range(len(damaged))], shift=shift)
 
 
 @dataclass

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rr1 import data, flow, runtime, tiny
+from rr1.records import resize
 from rr1.run_folder import to_json, write_bytes, write_text
 from rr1.runtime import opt
 
+SHIFT = 10.0                         # of a recovery's times: what the damage was is decided near t = 1, so most steps are made there
 
 
 class Block(nn.Module):
@@ -150,22 +152,18 @@ def noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str
 
 
 @torch.no_grad()
-def restore(model: Restorer, pictures: Tensor, steps: int = 40, seeds: Sequence[int] | None = None, batch: int = 64) -> Tensor:
-    """Damaged pictures -> recovered ones of the same shape, by Euler steps from noise; not clamped. seeds: one a picture; default 0, 1, .."""
+def restore(model: Restorer, pictures: Tensor, steps: int = 40, seeds: Sequence[int] | None = None, batch: int = 64,
+            shift: float = SHIFT) -> Tensor:
+    """Damaged pictures -> recovered ones of the same shape, by Euler steps from noise at shifted times; not clamped. seeds: one a picture;
+    default 0, 1, .."""
     device, out = next(model.parameters()).device, []
     encode, decode = codec(model)
     seeds = range(len(pictures)) if seeds is None else seeds
     for i in range(0, len(pictures), batch):
         z_c = encode(pictures[i:i + batch].to(device))
         z_1 = noise(seeds[i:i + batch], z_c.shape[1:], device)
-        out.append(decode(flow.euler(lambda z, t: model(z, z_c, t), z_1, flow.time_grid(steps))))
+        out.append(decode(flow.euler(lambda z, t: model(z, z_c, t), z_1, flow.time_grid(steps, shift))))
     return torch.cat(out)
-
-
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """By areas where it shrinks, by cubics where it grows."""
-    shrinks = width * height < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def to_tensor(images: Sequence[np.ndarray]) -> Tensor:

@@ -31,6 +31,8 @@ def test_times_are_uniform_or_logit_normal_and_a_shift_moves_them_to_noise():
     assert t["uniform", 1.0].var() == pytest.approx(1 / 12, abs=2e-3)
     assert t["logit_normal", 1.0].logit().std() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(t["uniform", 3.0], 3 * t["uniform", 1.0] / (1 + 2 * t["uniform", 1.0]))
+    grid = flow.time_grid(4, 3)
+    assert grid.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0]) and flow.time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 STD = 0.3

@@ -13,8 +13,9 @@ import torch
 from test_train import KILLED_AFTER_STEP_3, ROOT, Run, equal
 
 import train_recover
+from degrade import degrade
 from rr1 import data, image_rewards, recovery, restorer, run_folder, tiny
-from rr1.tiny import world
+from rr1.tiny import pictures, world
 
 SMALL = {"sft": "--steps 2 --batch 4 --micro-batch 4 --side 16 --lr 1e-3 --warmup 1",
          "grpo": "--stage grpo --steps 2 --batch 2 --group-size 4 --micro-batch 8 --sampling-steps 3 --window 0 --lr 1e-4 --warmup 1"}
@@ -119,14 +120,25 @@ def test_latents_of_an_autoencoder(monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------- pairs
 
-def test_drawn_pairs_are_the_worlds_pictures():
-    source = tiny.pairs(56, seed=1)
-    damaged, clean = source.pair(5)
-    expected = world.sample(5, 1)
-    assert np.array_equal(clean, cv2.resize(expected.clean, (56, 56), interpolation=cv2.INTER_AREA))
-    assert np.array_equal(damaged, cv2.resize(expected.image, (56, 56), interpolation=cv2.INTER_AREA)) and not np.array_equal(damaged, clean)
-    tensor, _ = recovery.load_pairs(source, [5], [0])
+def test_drawn_pairs_are_the_worlds_scenes_damaged_at_their_own_size():
+    damaged, clean = tiny.pairs(56, seed=1).pair(5)
+    whole, degradations, record = world.undamaged(5, 1)
+    assert np.array_equal(clean, cv2.resize(whole, (56, 56), interpolation=cv2.INTER_AREA)) and np.array_equal(whole, world.sample(5, 1).clean)
+    assert np.array_equal(damaged, degrade(clean, degradations, seed=5)) and not np.array_equal(damaged, clean)
+    assert [d._asdict() for d in degradations] == record["degradations"] != []
+    tensor, _ = recovery.load_pairs(tiny.pairs(56, seed=1), [5], [0])
     assert tensor.shape == (1, 3, 56, 56) and np.array_equal(recovery.to_uint8(tensor)[0], damaged)
+
+
+def test_kept_pairs_are_drawn_once_and_those_of_another_version_again(tmp_path, monkeypatch, capfd):
+    drawn, kept = pictures.Pairs(16, n=20), pictures.Pairs(16, n=20).kept(tmp_path)
+    assert all(np.array_equal(a, b) for i in range(20) for a, b in zip(drawn.pair(i), kept.pair(i))) and len(kept) == 20
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs-16.npy"] and "drawing" in capfd.readouterr().err
+    again = pictures.Pairs(16, n=20).kept(tmp_path)
+    assert np.array_equal(again.drawn, kept.drawn) and "drawing" not in capfd.readouterr().err
+    np.save(tmp_path / "pairs-16.npy", 255 - kept.drawn)
+    assert np.array_equal(pictures.Pairs(16, n=20).kept(tmp_path).drawn, kept.drawn) and "drawing" in capfd.readouterr().err
+    assert len(pictures.Pairs(16, n=24).kept(tmp_path).drawn) == 24
 
 
 def test_crops_of_photos_follow_from_the_seed_and_are_damaged(lab, tmp_path):
@@ -246,7 +258,8 @@ def test_micro_batches_change_nothing(lab, stage):
     assert apart(lab, lab.run(stage, f"--micro-batch {2 if stage == 'sft' else 4} --save-every 1"), lab.run(stage)) < 1e-2
 
 
-def test_a_new_restorer_starts_from_the_seed_and_of_the_given_side(lab, tmp_path):
+def test_a_new_restorer_starts_from_the_seed_and_of_the_given_side(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "TRAIN", 20), monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
     runs = [Run(tmp_path / str(i)) for i in range(2)]
     for run in runs:
         train_recover.main(["--out", str(run.out), "--side", "24", "--steps", "1", "--batch", "2"])     # the drawn world

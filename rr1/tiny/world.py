@@ -195,9 +195,9 @@ class Sample(NamedTuple):
     record: dict                                                 # one line of the data set
 
 
-def sample(index: int, seed: int) -> Sample:
-    """Sample number `index` of the world `seed`: half choice questions, three tenths open ones, two tenths captions; one
-    picture in eight is clean, the others carry one or two degradations."""
+def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dict]:
+    """Sample number `index` of the world `seed` before it is damaged: the clean picture, the damage, the record. Half are choice questions,
+    three tenths open ones, two tenths captions; one picture in eight stays clean, the others carry one or two degradations."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng)
     clean = draw(scene, rng)
@@ -213,6 +213,12 @@ def sample(index: int, seed: int) -> Sample:
                                 {"from": "gpt", "value": render(chain)}],
               "degradations": [d._asdict() for d in degradations], "seed": index, "choices": options, "answer": answer,
               "caption": caption(scene), "source_id": f"scene {seed}-{index}"}
+    return clean, degradations, record
+
+
+def sample(index: int, seed: int) -> Sample:
+    """Sample number `index` of the world `seed`: clean picture, damaged picture, record."""
+    clean, degradations, record = undamaged(index, seed)
     return Sample(clean, degrade(clean, degradations, seed=index), record)
 
 
