@@ -115,7 +115,8 @@ def end_step(config: Config, rt: runtime.Runtime, run: run_folder.RunFolder, ste
 # ---------------------------------------------------------------- stage I
 
 def fine_tune(config: Config, rt: runtime.Runtime, run: run_folder.RunFolder, model: restorer.Restorer) -> None:
-    source = recovery.load_source(config.data, config.images, model.config["side"])
+    with runtime.main_first(rt):
+        source = recovery.load_source(config.data, config.images, model.config["side"])
     optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
     first = (run.load(model, optimizer) or {"step": 0})["step"]
     encode, _ = restorer.codec(model)
@@ -161,7 +162,8 @@ def apply(config: Config, rt: runtime.Runtime, model, optimizer) -> float:
 
 def reinforce(config: Config, rt: runtime.Runtime, run: run_folder.RunFolder, model: restorer.Restorer) -> None:
     G, N, grid = config.group_size, config.batch * config.group_size, flow.time_grid(config.sampling_steps)
-    source = recovery.load_source(config.data, config.images, model.config["side"])
+    with runtime.main_first(rt):
+        source = recovery.load_source(config.data, config.images, model.config["side"])
     encoder = image_rewards.load_encoder(config.encoder, rt.device)
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)

@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     runtime.seed_everything(0)
 
     # 1. train: Flow-GRPO, then the control for as long
+    model = restorer.Restorer.from_pretrained(config.model)
+    recovery.load_source("", "", model.config["side"])                              # drawn once, before several runs ask for it
     grpo = ["train_recover.py", "--stage", "grpo", "--model", config.model, *shlex.split(config.grpo)]
     sft = ["train_recover.py", "--model", config.model, "--lr", CONTROL_LR]
     train(config, {f"grpo-{s}": [*grpo, "--seed", s] for s in seeds})
@@ -60,7 +62,6 @@ def main(argv: list[str] | None = None) -> None:
     train(config, {f"control-{s}": [*sft, "--seed", s, "--steps", control_steps(out, s)] for s in seeds})
 
     # 2. recover the held-out scenes, and score
-    model = restorer.Restorer.from_pretrained(config.model)
     damaged, clean, scenes = held_out(config.n, model.config["side"])
     encoder, judge = image_rewards.load_encoder(tiny.BASE), trained_reader(out, model.config["side"], config.reader_steps)
     rows = {"damaged": damaged, "clean": clean, "stage I, equidistant": config.model, "stage I": config.model} | {

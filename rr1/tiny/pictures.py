@@ -53,7 +53,7 @@ class Pairs:
         with get_context("spawn").Pool() as pool:
             work = pool.imap(partial(draw, seed=self.seed, side=self.side), range(self.n), chunksize=64)
             pictures = np.stack(list(tqdm(work, total=self.n, desc=f"drawing {path}")))
-        temporary = path.with_suffix(".tmp.npy")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")              # another process may be at it too
         np.save(temporary, pictures)
         os.replace(temporary, path)
         self.drawn = pictures
