@@ -64,6 +64,8 @@ class Config:
     mask_truncated: bool = opt(False, "leave responses that were cut off out of the loss")
     micro_batch: int = opt(8, "groups a forward and backward pass, in each process")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: slower, much less memory")
+    capture: bool = opt(False, "on a GPU: decoding steps are replayed as a CUDA graph; the same tokens, fewer launches")
+    flex: bool = opt(False, "on a GPU: packed rows are scored by FlexAttention")
     shard: bool = opt(False, "parameters, gradients and optimizer state are spread over the processes: see docs/gpus.md")
     seed: int = opt(0, "fixes the order of the records, what is sampled and everything else random")
     save_every: int = opt(50, "steps between checkpoints")
@@ -85,9 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.temperature <= 0:
         raise SystemExit(f"--temperature {config.temperature}: a policy that learns must sample; give a number above 0")
     rt = runtime.setup(config.seed)
+    runtime.needs_gpu(rt, capture=config.capture, flex=config.flex)
     if B % rt.world_size:
         raise SystemExit(f"--prompts {B} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")
-    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker", "shard"}, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker", "shard", "capture", "flex"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{vlm.count_parameters(policy)}; {len(records)} records from {path}")
     banned = processor.banned_ids
     sampling = dict(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, banned=banned,
-                    end_id=processor.end_id, max_new_tokens=config.max_new_tokens)
+                    end_id=processor.end_id, max_new_tokens=config.max_new_tokens, capture=config.capture)
 
     def load(step: int) -> tuple[list[dict], list[int], data.Batch]:
         places = range(rt.rank, B, rt.world_size)                                   # this process's share of the step's groups
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def score(model, prompts, responses, **options):
         with rt.autocast():
-            return shard.forward(model, vlm.group_logps, prompts, responses, config.temperature, banned, **options)
+            return shard.forward(model, vlm.group_logps, prompts, responses, config.temperature, banned, flex=config.flex, **options)
 
     with runtime.Interrupt(rt) as interrupt:
         for step, (chosen, seeds, batch) in data.prefetch(load, range(first, config.steps)):

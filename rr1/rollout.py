@@ -36,24 +36,26 @@ class Columns(DynamicLayer):
 
     def __init__(self, capacity: int):
         super().__init__()
-        self.capacity, self.used = capacity, 0
+        self.capacity, self.prefilled = capacity, 0
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        """keys, values (B, heads, new columns, head size) -> all that is in use."""
-        if not self.is_initialized:
-            self.keys, self.values = (values.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in (keys, values))
-            self.is_initialized = True
-        start, self.used = self.used, self.used + keys.shape[2]
-        self.keys[:, :, start:self.used], self.values[:, :, start:self.used] = keys, values
-        return self.keys[:, :, :self.used], self.values[:, :, :self.used]
+        """The prompts' keys and values (B, heads, P, head size), which fill the first columns; they come back as they are."""
+        self.keys, self.values = (values.new_zeros(*new.shape[:2], self.capacity, new.shape[3]) for new in (keys, values))
+        self.keys[:, :, :keys.shape[2]], self.values[:, :, :keys.shape[2]] = keys, values
+        self.is_initialized, self.prefilled = True, keys.shape[2]
+        return keys, values
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor) -> None:
+        """New columns (B, heads, q, head size) go to the places `at` (q,)."""
+        self.keys.index_copy_(2, at, keys.to(self.keys.dtype)), self.values.index_copy_(2, at, values.to(self.values.dtype))
 
     def get_seq_length(self) -> int:
-        return self.used
+        return self.prefilled
 
 
-def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor, cache: Cache) -> torch.Tensor:
+def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor, at: torch.Tensor, cache: Cache) -> torch.Tensor:
     """The language model on new tokens: embeddings x (B, q, H), all q of a group at one position (B,) -> hidden states (B, q, H).
-    visible (B, q, columns in use, the new ones included): what each may look at.
+    visible (B, q, n): which of the first n columns each may look at; at (q,): the columns that its keys and values are written to.
 
     What the layers of `transformers` compute, in fewer operations: for text the three parts of M-RoPE are one rotation, and the heads
     that share keys are rows of one product, so that no key is copied for each of them.
@@ -69,11 +71,38 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
     for layer, columns in zip(text.layers, cache.layers):
         attention, h = layer.self_attn, norm(layer.input_layernorm, x)
         queries, keys = turn(by_head(attention.q_proj(h), heads)), turn(by_head(attention.k_proj(h), shared))
-        keys, values = columns.update(keys, by_head(attention.v_proj(h), shared))
+        columns.write(keys, by_head(attention.v_proj(h), shared), at)
+        keys, values = (buffer[:, :, :visible.shape[-1]] for buffer in (columns.keys, columns.values))
         seen = F.scaled_dot_product_attention(queries.reshape(B, shared, heads // shared * q, -1), keys, values, attn_mask=mask)
         x = x + attention.o_proj(seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
         x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
     return norm(text.norm, x)
+
+
+class Captured:
+    """A function of CUDA tensors, recorded once as a graph of kernels and replayed from then on: one launch for some 25 a layer, which
+    is what a decoding step of few rows otherwise waits for (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+
+    A graph knows addresses, not values: what is given is copied to where the recorded kernels read, and every result comes in the same
+    place as the last. Buffers that the function writes to and the weights must stay where they are, and so must all shapes.
+    """
+
+    def __init__(self, function, *inputs: torch.Tensor):
+        self.inputs = [x.clone() for x in inputs]
+        side = torch.cuda.Stream()                                                  # one run before, for what is allocated on first use
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, new in zip(self.inputs, inputs, strict=True):
+            own.copy_(new)
+        self.graph.replay()
+        return self.output
 
 
 def _left_pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -105,12 +134,14 @@ def pick(logps: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int], *, end_id: int, max_new_tokens: int,
-                 temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, banned: Sequence[int] = ()) -> list[list[Rollout]]:
+                 temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, banned: Sequence[int] = (),
+                 capture: bool = False) -> list[list[Rollout]]:
     """G responses to each of B prompts -> B lists of G rollouts.
 
     A prompt's random numbers come from its own seed, so what is
     sampled does not depend on which prompts share the batch, on micro-batches or on the number of GPUs. `banned` ids are
-    never sampled.
+    never sampled. `capture` replays the decoding step as a CUDA graph (`Captured`): the same tokens, fewer launches. Attention
+    then goes over all P + G L columns from the start, since the shapes must stay.
     """
     B, device = len(prompts), model.device
     ids, lengths = _left_pad([p.ids for p in prompts]), torch.tensor([len(p.ids) for p in prompts], device=device)
@@ -129,6 +160,8 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
     position = torch.tensor([p.next_position for p in prompts], device=device)
     owner = torch.full((B, P + G * max_new_tokens), -2, device=device)             # of each column: -1 all, -2 none, g response g
     owner[:, :P] = torch.where(is_prompt, -1, -2)
+    used, eager = P, lambda *inputs: decode(model, *inputs, cache)
+    step = eager
     u = torch.stack([torch.rand(G, max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
     tokens = torch.full((B, G, max_new_tokens), -1, device=device)
     chosen_logps = torch.zeros(B, G, max_new_tokens, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -148,11 +181,15 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
             cache.batch_select_indices(rows)
             group, position, owner = group[rows], position[rows], owner[rows]
             who, writing, token = (x.gather(1, places)[rows] for x in (who, writing, token))
-        used = cache.get_seq_length()
-        owner[:, used:used + who.shape[1]] = torch.where(writing, who, -2)
-        columns = owner[:, None, :used + who.shape[1]]
+        q = who.shape[1]
+        owner[:, used:used + q] = torch.where(writing, who, -2)
+        columns = owner[:, None, :None if capture else used + q]
         visible = (columns == -1) | (columns == who[:, :, None])                   # (B, q, columns)
-        hidden = decode(model, model.get_input_embeddings()(token), position + t, visible, cache)
+        inputs = (model.get_input_embeddings()(token), position + t, visible, used + torch.arange(q, device=device))
+        used += q
+        if capture and (step is eager or step.inputs[0].shape != inputs[0].shape):  # at first, and when something has left
+            step = Captured(eager, *inputs)
+        hidden = step(*inputs)
 
     out = []
     for row, logp, n in zip(tokens.flatten(0, 1).tolist(), chosen_logps.flatten(0, 1).tolist(), (tokens >= 0).sum(2).flatten().tolist()):

@@ -74,6 +74,12 @@ def setup(seed: int | None = None) -> Runtime:
     return Runtime(rank, world_size, local_rank, device)
 
 
+def needs_gpu(rt: Runtime, **flags: bool) -> None:
+    """SystemExit where a flag is set that this process's device cannot do."""
+    if rt.device.type != "cuda" and (asked := [f"--{name}" for name, value in flags.items() if value]):
+        raise SystemExit(f"{' and '.join(asked)}: this needs a GPU with CUDA, and there is none here (computing on {rt.device}); leave it out")
+
+
 def teardown(rt: Runtime) -> None:
     """Leave the other processes, at the end of `main`."""
     if rt.world_size > 1:

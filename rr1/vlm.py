@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Sequence
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
+from rr1.branches import Branches, block_mask
 from rr1.chain import IMAGE
 
 # Tokens that stand for pixels or frame them. A policy that emits one breaks its own next forward pass, so none is sampled.
@@ -204,62 +202,13 @@ def token_ratio(prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence
     return len(rows) * max(rows) / packed
 
 
-@dataclass
-class Branches:
-    """Packed rows as their attention needs them: B rows of N columns, R responses in all, the longest prompt P, the longest response L."""
-    P: int
-    row: torch.Tensor                # (R,) the row that a response is in
-    own: torch.Tensor                # (R, L) its columns, counted through all rows, (B N)
-    mask: torch.Tensor               # (R, 1, L, P + L) added to the scores of prompt and response: 0 or -inf
-    place: torch.Tensor              # (B, N) where a column's result is among those of prompts, (B P), then responses, (R L)
-
-    @classmethod
-    def of(cls, prompts: Sequence[int], starts: Sequence[tuple[int, int]], lengths: Sequence[int], rows: torch.Tensor) -> "Branches":
-        """From the lengths of B prompts, (row, first column) and length of each response, and the rows themselves, (B, N, H)."""
-        (B, N, _), P, L, device = rows.shape, max(prompts), max(lengths), rows.device
-        row, first = torch.tensor(starts).T
-        inside = torch.arange(L) < torch.tensor(lengths)[:, None]                   # (R, L)
-        own = ((row * N + first)[:, None] + torch.arange(L)).where(inside, 0)
-        place = torch.zeros(B * N, dtype=torch.long)
-        for b, n in enumerate(prompts):
-            place[b * N:b * N + n] = b * P + torch.arange(n)
-        place[own[inside]] = (B * P + torch.arange(len(starts) * L)).view(-1, L)[inside]
-        hidden = torch.cat([(torch.arange(P) >= torch.tensor(prompts)[row][:, None])[:, None].expand(-1, L, -1),
-                            torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(starts), L, L)], 2)
-        mask = torch.zeros(hidden.shape, dtype=rows.dtype).masked_fill_(hidden, float("-inf"))[:, None]
-        return cls(P, *(x.to(device) for x in (row, own, mask, place.view(B, N))))
-
-
-def branch_attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, scaling=None, **options):
-    """Attention of packed rows: query (B, heads, N, head size), key, value (B, shared heads, N, head size) -> (B, N, heads, head size).
-
-    Prompts look at themselves, causally. Responses, as a batch of R, look at their prompt and at themselves. What one response could look
-    at in another is never computed; of an (N, N) mask it would be most. With any other mask this is the attention of `transformers`.
-    """
-    if not isinstance(attention_mask, Branches):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    b, heads, shared = attention_mask, query.shape[1], key.shape[1]
-    share, (R, L) = heads // shared, b.own.shape
-    front = F.scaled_dot_product_attention(query[:, :, :b.P], *(x[:, :, :b.P].repeat_interleave(share, 1) for x in (key, value)),
-                                           is_causal=True, scale=scaling)                                     # (B, heads, P, head size)
-    own = lambda x: x.transpose(1, 2).flatten(0, 1)[b.own].transpose(1, 2)                                    # (R, heads, L, head size)
-    seen = lambda x: torch.cat([x[:, :, :b.P][b.row], own(x)], 2)                                             # (R, heads, P + L, head size)
-    back = F.scaled_dot_product_attention(own(query).reshape(R, shared, share * L, -1), seen(key), seen(value),
-                                          attn_mask=b.mask.repeat(1, 1, share, 1), scale=scaling).view(R, heads, L, -1)
-    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (front, back)])[b.place], None
-
-
-AttentionInterface.register("branches", branch_attention)
-AttentionMaskInterface.register("branches", sdpa_mask)
-
-
 def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], temperature: float = 1.0,
-                banned: Sequence[int] = (), with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+                banned: Sequence[int] = (), with_entropy: bool = False, flex: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """log pi(response | image, prompt), token by token, for B groups of responses.
 
     responses: B lists of token-id lists. Each group is one packed row [prompt, response 1 .. response G]: a response sees the
-    prompt and itself (`branch_attention`), and its positions start where the prompt ended, so the prompt is computed once and the result equals
-    that of separate rows, which are taken where packing saves little (`token_ratio` under PACK_FROM).
+    prompt and itself (`rr1.branches`), and its positions start where the prompt ended, so the prompt is computed once and the result equals
+    that of separate rows, which are taken where packing saves little (`token_ratio` under PACK_FROM). `flex`: by FlexAttention.
     -> logps (N, L) in float32, mask (N, L), and entropies (N, L) without gradient where asked; N = all responses in order, padded
     on the right with 0.
     """
@@ -286,7 +235,8 @@ def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[S
     attention = None                                                                # one response a row: plain causal attention
     if any(len(group) > 1 for group in responses):
         model.model.language_model.config._attn_implementation = "branches"
-        attention = {"full_attention": Branches.of([len(p.ids) for p in prompts], starts, lengths, embeddings)}
+        make = block_mask if flex else Branches.of
+        attention = {"full_attention": make([len(p.ids) for p in prompts], starts, lengths, embeddings)}
     hidden = model.model.language_model(inputs_embeds=embeddings, attention_mask=attention, position_ids=position_ids,
                                         use_cache=False).last_hidden_state          # (B, N, H)
     row_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([sum(map(len, g)) for g in responses]))

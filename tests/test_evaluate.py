@@ -223,6 +223,9 @@ def test_which_models(tmp_path, monkeypatch, capsys):
             evaluate.choose_models(evaluate.Config(models=models), RT)
     with pytest.raises(SystemExit, match="--plain y: no such model"):
         evaluate.choose_models(evaluate.Config(models=["x=1"], plain=["y"]), RT)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="--capture: this needs a GPU"):
+            evaluate.main(["--capture"])
     with pytest.raises(SystemExit, match="neither a checkpoint folder nor"):
         evaluate.main(["--models", f"x={tmp_path / 'typo'}", "--data", str(one_record(tmp_path)), "--out", "out"])
 

@@ -75,9 +75,9 @@ def test_a_prompt_is_prefilled_once_and_a_group_is_one_row_of_the_cache(model, p
         note(given["inputs_embeds"], given["past_key_values"])
         return out
 
-    def watched_step(model, x, position, visible, cache):
+    def watched_step(model, x, position, visible, at, cache):
         note(x, cache)
-        return step(model, x, position, visible, cache)
+        return step(model, x, position, visible, at, cache)
     monkeypatch.setattr(type(model.model.language_model), "forward", watched_prefill)
     monkeypatch.setattr(rollout, "decode", watched_step)
     groups = rollout.sample_group(model, prompts, G, range(4), **options(processor))
@@ -108,6 +108,55 @@ def test_log_probabilities_agree_in_float32_to_its_rounding(model, processor):
     logps, _, _ = vlm.group_logps(model, prompts, [[r.ids for r in group] for group in groups], 1.0, processor.banned_ids)
     for r, row in zip((r for group in groups for r in group), logps):
         torch.testing.assert_close(torch.tensor(r.logps), row[:len(r.ids)].detach(), rtol=0, atol=5e-5)
+
+
+# ---------------------------------------------------------------- the captured step
+
+class Replayed:
+    """What `rollout.Captured` promises, without a GPU: fixed inputs that are copied to, fixed shapes, one place for all results."""
+    made = 0
+
+    def __init__(self, function, *inputs):
+        self.function, self.inputs = function, [x.clone() for x in inputs]
+        self.output = function(*self.inputs)                          # recording writes to the buffers too
+        Replayed.made += 1
+
+    def __call__(self, *inputs):
+        for own, new in zip(self.inputs, inputs, strict=True):
+            assert own.shape == new.shape and own.dtype == new.dtype
+            own.copy_(new)
+        return self.output.copy_(self.function(*self.inputs))
+
+
+def captured_equals_plain(model, prompts, processor, **changes):
+    """The same tokens; log-probabilities to the rounding of a longer sum. Returns the rollouts."""
+    settings = options(processor, max_new_tokens=24, **changes)
+    plain, captured = (rollout.sample_group(model, prompts, 8, range(4), **settings, capture=c) for c in (False, True))
+    for a, b in zip((r for group in plain for r in group), (r for group in captured for r in group)):
+        assert a.ids == b.ids and a.truncated == b.truncated
+        torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps), rtol=0, atol=1e-6)
+    return plain
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_captured_steps_sample_the_same_tokens(model, processor, monkeypatch, temperature):
+    """Four prompts of different lengths; what ends leaves the batch, and the step is captured anew each time."""
+    monkeypatch.setattr(rollout, "Captured", Replayed)
+    Replayed.made = 0
+    groups = captured_equals_plain(model, data.encode(model, batch_of(processor, 4)), processor, temperature=temperature)
+    lengths = {len(r.ids) for group in groups for r in group}
+    assert (Replayed.made > 1 and len(lengths) > 5) if temperature else Replayed.made == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_sample_the_same_tokens(model, processor):
+    on_gpu = copy.deepcopy(model).cuda()
+    captured_equals_plain(on_gpu, data.encode(on_gpu, batch_of(processor, 4)), processor)
+    on_gpu = copy.deepcopy(model).float().cuda()
+    with torch.autocast("cuda", torch.bfloat16):                      # as train_grpo.py samples: weights are narrowed once, before the capture
+        settings = options(processor, temperature=0, capture=True)
+        greedy = rollout.sample_group(on_gpu, data.encode(on_gpu, batch_of(processor, 4)), 8, range(4), **settings)
+    assert all(r.ids == group[0].ids for group in greedy for r in group)
 
 
 # ---------------------------------------------------------------- what is never sampled, when a response ends

@@ -27,17 +27,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+from conftest import random_model
 from rr1 import data, rollout, run_folder, runtime, shard, vlm
 
 SFT = "--steps 3 --batch 4 --micro-batch 1 --lr 1e-3 --warmup 1 --save-every 1 --gradient-checkpointing"
 GRPO = "--steps 1 --prompts 4 --group-size 4 --max-new-tokens 12 --micro-batch 1 --lr 1e-3 --warmup 1 --mu 2"
-JOBS = {"sft": SFT, "sft-other": SFT + " --seed 1", "grpo": GRPO, "grpo-other": GRPO + " --seed 1 --max-new-tokens 5 --mask-truncated"}
+JOBS = {"sft": SFT, "sft-other": SFT + " --seed 1", "grpo": GRPO, "grpo-other": GRPO + " --seed 1 --max-new-tokens 5 --mask-truncated",
+        "grpo-untied": GRPO}                                          # a projection of its own, as the 7B model has it
 
 
 def arguments(folder: Path, name: str, flags: str) -> tuple[str, list[str]]:
     """The script's module and its command line."""
     inputs = json.loads((folder / "inputs.json").read_text())
-    return f"train_{name.split('-')[0]}", ["--model", inputs["model"], "--data", inputs["data"], "--out", str(folder / name), *flags.split()]
+    return f"train_{name.split('-')[0]}", ["--model", inputs["untied" if "untied" in name else "model"], "--data", inputs["data"], "--out", str(folder / name), *flags.split()]
 
 
 class Collectives(TorchDispatchMode):
@@ -79,7 +82,7 @@ def train(folder: Path, name: str, flags: str) -> dict:
     return {"collectives": collectives.counts, "checkpointed": seen["checkpointed"], "sharded": len(models), "came on": sorted(seen["came on"]),
             "one tower": len({id(model.model.visual) for model in models}) == 1,
             "here": [sum(p.to_local().numel() if isinstance(p, DTensor) else 0 for p in model.parameters()) for model in models],
-            "whole": [sum(p.numel() for p in model.model.language_model.parameters()) for model in models]}
+            "whole": [sum(p.numel() for name, p in model.named_parameters() if ".visual." not in name) for model in models]}
 
 
 def stop_and_go_on(folder: Path) -> None:
@@ -166,9 +169,20 @@ def main(folder: Path) -> None:
 # ---------------------------------------------------------------- what the tests read
 
 @pytest.fixture(scope="module")
-def folder(checkpoint, world_folder, tmp_path_factory) -> Path:
+def inputs(checkpoint, world_folder, processor, tmp_path_factory) -> dict:
+    untied = tmp_path_factory.mktemp("untied")
+    model = random_model(processor.tokenizer)
+    projection = model.lm_head.weight.detach().clone()
+    model.config.tie_word_embeddings, model.config.text_config.tie_word_embeddings = False, False
+    model.lm_head.weight = torch.nn.Parameter(projection.flip(1) + projection)
+    model.save_pretrained(untied), processor.save_pretrained(untied)
+    return {"model": checkpoint, "untied": str(untied), "data": f"{world_folder}/train.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def folder(inputs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    (folder / "inputs.json").write_text(json.dumps({"model": checkpoint, "data": f"{world_folder}/train.jsonl"}))
+    (folder / "inputs.json").write_text(json.dumps(inputs))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)],
                           cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONFAULTHANDLER": "1"})
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
@@ -181,10 +195,10 @@ def ranks(folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint, world_folder, tmp_path_factory):
+def alone(inputs, tmp_path_factory):
     """The same runs in this process, on the joint batch."""
     folder, done = tmp_path_factory.mktemp("alone"), {}
-    (folder / "inputs.json").write_text(json.dumps({"model": checkpoint, "data": f"{world_folder}/train.jsonl"}))
+    (folder / "inputs.json").write_text(json.dumps(inputs))
 
     def run(name: str) -> Path:
         if name not in done:
@@ -215,11 +229,18 @@ def rows(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_sharded_step_is_the_step_of_one_process(folder, alone, checkpoint, name):
+def test_a_sharded_step_is_the_step_of_one_process(folder, alone, inputs, name):
     """SFT with gradient checkpointing, GRPO with two updates a rollout: weights and every metric."""
-    assert_close(folder / name / "model", alone(name) / "model", checkpoint)
+    assert_close(folder / name / "model", alone(name) / "model", inputs["untied" if "untied" in name else "model"])
     for a, b in zip(rows(folder / name), rows(alone(name)), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_a_projection_of_its_own_is_trained_and_written(folder, inputs):
+    before, after = (load_file(Path(path) / "model.safetensors") for path in (inputs["untied"], folder / "grpo-untied" / "model"))
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        key, = [key for key in after if key.endswith(name) or key.endswith(name.replace("model.language_model", "model"))]
+        assert not torch.equal(before[key], after[key])
 
 
 def test_each_process_keeps_its_half(ranks):

@@ -350,6 +350,7 @@ def test_a_reward_of_ones_own(lab, no_plots, tmp_path):
     ("grpo", "--temperature 0", "--temperature"), ("grpo", "--rewards deg lenght", "did you mean 'len'"),
     ("grpo", "--reward-weights 1", "--reward-weights"), ("grpo", "--rewards nowhere.py:f", "no file 'nowhere.py'"),
     ("grpo", "--data nowhere.jsonl", "--data nowhere.jsonl"),
+    *([] if torch.cuda.is_available() else [("grpo", "--capture --flex", "--capture and --flex: this needs a GPU")]),
 ])
 def test_errors_before_the_first_step(lab, no_plots, script, flags, message):
     with pytest.raises((SystemExit, ValueError, FileNotFoundError), match=message):

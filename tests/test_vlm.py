@@ -1,6 +1,7 @@
 """Eq. 1: freezing, encoding an image once, and scoring a packed group exactly as separate rows would be scored."""
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,34 @@ def test_packed_groups_equal_separate_rows(model, processor, monkeypatch, G, nor
     for name, theirs in separate.items():
         error = (packed[name] - theirs).abs().max() / theirs.abs().max()
         assert error <= bound, f"{name}: {error:.1e}"
+
+
+@torch.no_grad()
+def test_flex_attention_sees_what_branches_see(frozen, processor, monkeypatch):
+    """float64 on the CPU, where FlexAttention has a forward pass only and is not worth compiling; rows of different lengths."""
+    monkeypatch.setattr(vlm, "PACK_FROM", 0.0)
+    frozen = frozen.double()
+    prompts, responses = data.encode(frozen, data.collate(TEXTS, pictures(), processor)), random_responses(processor, [[1, 9, 40], [70, 2], [8, 3, 3, 100]])
+    made, make = [], vlm.block_mask
+    monkeypatch.setattr(vlm, "block_mask", lambda *given: (made.append(make(*given)), made[-1])[1])
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        flex, mask, entropy = vlm.group_logps(frozen, prompts, responses, 0.7, processor.banned_ids, with_entropy=True, flex=True)
+    plain = vlm.group_logps(frozen, prompts, responses, 0.7, processor.banned_ids, with_entropy=True)
+    assert len(made) == 1 and made[0].shape[0] == 3 and torch.equal(mask, plain[1])
+    torch.testing.assert_close(flex, plain[0], rtol=0, atol=1e-6)       # the norms round to float32
+    torch.testing.assert_close(entropy, plain[2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")
+def test_flex_attention_gives_the_gradients_of_branches(frozen, processor, monkeypatch):
+    monkeypatch.setattr(vlm, "PACK_FROM", 0.0)
+    frozen = copy.deepcopy(frozen).float().cuda()
+    prompts, responses = data.encode(frozen, data.collate(TEXTS, pictures(), processor)), random_responses(processor, [[1, 9, 40], [70, 2], [8, 3, 3, 100]])
+    parameters = [p for p in frozen.parameters() if p.requires_grad]
+    a, b = (torch.autograd.grad(vlm.group_logps(frozen, prompts, responses, flex=flex)[0].square().sum(), parameters) for flex in (True, False))
+    for flex, plain in zip(a, b):
+        torch.testing.assert_close(flex, plain, rtol=0, atol=1e-2 * plain.abs().max().item())
 
 
 def test_the_projection_in_chunks_equals_the_whole_and_never_holds_more(frozen, processor, monkeypatch):
