@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -196,7 +195,7 @@ class Config:
     rounds: int = opt(5, "turns of each that count; one more warms up")
     threads: int = opt(1, "of each")
     out: str = opt("runs/bench-grpo", "folder for the inputs and the report")
-    worker: str = opt("", "for the two processes themselves", ["", "ours", "peer", "whole", "chunked"])
+    worker: str = opt("", "for the two processes themselves", ["", "ours", "peer"])
 
 
 class Worker:
@@ -238,26 +237,6 @@ def measure(name: str, config: Config) -> dict[str, list[dict]]:
     return {kind: found[1:] for kind, found in steps.items()}
 
 
-# ---------------------------------------------------------------- memory of the projection alone
-
-def run_projection(chunked: bool) -> None:
-    """The forward and backward pass of one group over a vocabulary of 151,936, and what it adds to the process's peak."""
-    import torch
-
-    from rr1 import vlm
-    if not chunked:
-        vlm.LOGITS_AT_ONCE = 2**62
-    torch.manual_seed(0)
-    vocab, n, h = 151_936, 8 * 128, 256
-    model = SimpleNamespace(lm_head=torch.nn.Linear(h, vocab, bias=False), config=SimpleNamespace(text_config=SimpleNamespace(vocab_size=vocab)))
-    hidden, targets = torch.randn(n, h, requires_grad=True), torch.randint(vocab, (n,))
-    model.lm_head.weight.grad, peak = torch.zeros_like(model.lm_head.weight), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    before, start = peak(), time.perf_counter()
-    logps, _ = vlm.token_logps(model, hidden, targets, with_entropy=True)
-    logps.sum().backward()
-    print(json.dumps({"mib": peak() - before, "seconds": time.perf_counter() - start}))
-
-
 # ---------------------------------------------------------------- the report
 
 def operations(counts: dict, sizes: dict, phase: str | None = None) -> float:
@@ -289,8 +268,6 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in config.configurations if name not in CONFIGURATIONS]:
         raise SystemExit(f"--configurations {' '.join(unknown)}: unknown; there are {', '.join(CONFIGURATIONS)}")
     name = config.configurations[0]
-    if config.worker in ("whole", "chunked"):
-        return run_projection(config.worker == "chunked")
     if config.worker:
         c, counts = CONFIGURATIONS[name], Counts()
         counts.install(c["vocab"])
@@ -305,13 +282,6 @@ def main(argv: list[str] | None = None) -> None:
         found[name] = measure(name, config)
         texts.append(report(name, found[name], json.loads((Path(config.out) / name / "sizes.json").read_text())))
         print("\n" + texts[-1] + "\n", flush=True)
-    rows = []
-    for kind in ("whole", "chunked"):
-        command = [sys.executable, __file__, "--worker", kind]
-        result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"OMP_NUM_THREADS": str(config.threads)}).stdout)
-        rows.append([kind, f"{result['mib']:.0f}", f"{result['seconds']:.1f}"])
-    texts.append("### the projection alone: 1,024 tokens, a vocabulary of 151,936, forward and backward\n\n" + markdown(["", "MiB added to the peak", "seconds"], rows))
-    print("\n" + texts[-1])
     write_text(Path(config.out) / "report.md", "\n\n".join(texts) + "\n")
     write_text(Path(config.out) / "report.json", to_json(found, indent=1) + "\n")
     print(f"\nwritten: {config.out}/report.md, report.json")
