@@ -10,6 +10,7 @@
         --data test.jsonl --images test_images --max-new-tokens 2048 --batch 16 --out runs/eval-3b
     python evaluate.py --benchmark MMStar.tsv --models base=Qwen/Qwen2.5-VL-3B-Instruct rl=Jiaqi-hkust/Robust-R1-RL --max-new-tokens 2048
     python evaluate.py --image photo.jpg --question "what color is the star?" --choices red blue
+    python evaluate.py --restorer runs/recover/model                          # Robust-U1: PSNR, SSIM, R_sem of what it recovers
 
 What is shown to a model: every record's own picture (Table 1, Figure 6) and, for choice questions with a known clean picture,
 that picture clean and damaged by one type, drawn for each picture, at each of --levels (Table 2; not of records with several pictures).
@@ -28,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from degrade import degrade
-from rr1 import benchmarks, data, figures, metrics, rollout, run_folder, runtime, tiny, vlm, votes
+from rr1 import benchmarks, data, figures, image_rewards, metrics, recovery, restorer, rollout, run_folder, runtime, tiny, vlm, votes
 from rr1.chain import Chain, build_prompt, build_question, is_well_formed, parse
 from rr1.predictions import check_meta, collect, fingerprint, read_predictions
 from rr1.rewards import choice_index
@@ -62,6 +63,10 @@ class Config:
     image: str = opt("", "ask about this one picture and print the chain")
     question: str = opt("", "what to ask about --image")
     choices: list[str] = opt([], "possible answers to --question")
+    restorer: str = opt("", "a restorer's folder: how near its recoveries come, of held-out scenes or of crops of a folder of photos (--data)")
+    euler_steps: int = opt(40, "of each recovery")
+    encoder: str = opt(tiny.BASE, "whose features R_sem compares: a Qwen2.5-VL's vision tower or a CLIP, folder or hub id")
+    lpips: bool = opt(False, "LPIPS of recoveries too (pip install lpips)")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     runtime.needs_gpu(rt, capture=config.capture)
     if config.image:
         return show_one(config, rt)
+    if config.restorer:
+        return recover(config, rt) if rt.is_main else None
     config.out = config.out or (f"runs/eval-{Path(config.benchmark).stem}" if config.benchmark else "runs/eval")
     out, models = Path(config.out), choose_models(config, rt)
     if not config.score_only:
@@ -264,6 +271,26 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
         print(f"{symbol:8s}{meaning}\n            {content if content is not None else '(missing)'}")
     form = "well formed" if is_well_formed(text) else f"not well formed; as written:\n{text}"
     print(f"\n{len(r.ids) - (not r.truncated)} tokens{', cut off' if r.truncated else ''}, {form}")
+
+
+# ---------------------------------------------------------------- Robust-U1
+
+def recover(config: Config, rt: runtime.Runtime) -> None:
+    """PSNR, SSIM, R_sem and LPIPS of held-out damaged pictures (--limit of them, or 256) and of what a restorer makes of them."""
+    model = restorer.Restorer.from_pretrained(config.restorer).to(rt.device).eval()
+    side, out = model.config["side"], Path(config.out or "runs/eval-recovery")
+    source = recovery.load_source(config.data, config.images, side) if config.data else tiny.pairs(side)
+    damaged, clean = recovery.held_out(source, config.limit or 256)
+    encoder = image_rewards.load_encoder(config.encoder, rt.device)
+    lpips = image_rewards.load_lpips(device=rt.device) if config.lpips else None
+    recovered = recovery.recover(model, damaged, config.euler_steps, config.seed).cpu()
+    result, text = recovery.report({"damaged": recovery.measure(damaged, clean, encoder, lpips),
+                                    "recovered": recovery.measure(recovered, clean, encoder, lpips)}, config.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    run_folder.write_text(out / "report.txt", text + "\n")
+    run_folder.write_text(out / "report.json", run_folder.to_json(result, indent=1) + "\n")
+    run_folder.write_bytes(out / "strip.png", recovery.strip(*(pictures[:10] for pictures in (damaged, recovered, clean))))
+    print(f"{text}\n\nwritten: {out}/report.txt, report.json, strip.png (damaged, recovered, clean)")
 
 
 if __name__ == "__main__":

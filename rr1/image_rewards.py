@@ -16,6 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from rr1 import vlm
 
 Encoder = Callable[[Tensor], Tensor]
+Distance = Callable[[Tensor, Tensor], Tensor]
 ALPHA, PIX, SEM = 5.0, 1.0, 0.2
 TOWER_SIDE = 112                     # the tiny vision tower has seen pictures of this side
 
@@ -52,6 +53,16 @@ def r_sem(pictures: Tensor, clean: Tensor, encoder: Encoder, alpha: float = ALPH
     """R_sem = exp(-alpha (1 - cos)), the cosine of the two pictures' features; (N,)."""
     features = encoder(torch.cat([pictures, clean]).clamp(0, 1)).float()
     return torch.exp(-alpha * (1 - F.cosine_similarity(*features.chunk(2))))
+
+
+def load_lpips(net: str = "alex", device: torch.device | str = "cpu") -> Distance:
+    """LPIPS (arXiv 1801.03924): how far apart two pictures look, by features of AlexNet; (N,), 0 for equal ones. Not among the rewards."""
+    try:
+        import lpips
+    except ImportError as error:
+        raise SystemExit("--lpips asks the package of that name: pip install lpips (it brings torchvision, and downloads AlexNet)") from error
+    model = lpips.LPIPS(net=net, verbose=False).to(device).eval().requires_grad_(False)
+    return lambda pictures, clean: model(*(2 * p.clamp(0, 1).to(device) - 1 for p in (pictures, clean))).flatten()
 
 
 def scores(pictures: Tensor, clean: Tensor, encoder: Encoder) -> dict[str, Tensor]:

@@ -2,15 +2,12 @@
 
     Photos          a Source of pairs; `tiny.pairs` is another
     load_source     one of them, from --data; load_pairs, held_out: batches
-    measure         what a restorer makes of pairs: PSNR, SSIM, R_sem of each picture
+    measure         PSNR, SSIM, R_sem and LPIPS of each picture
     strip           damaged, recovered and clean pictures as one, to look at
-
-    python -m rr1.recovery --model runs/photos/model --out strip.png    # crops of scikit-image's photos: damaged, recovered, clean
 """
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, Sequence
@@ -21,10 +18,14 @@ import torch
 from torch import Tensor
 
 from degrade import SUFFIXES, degrade, sample_degradations
-from rr1 import data, image_rewards, restorer, run_folder, runtime, tiny
+from rr1 import data, image_rewards, restorer, tiny
+from rr1.image_rewards import Distance
+from rr1.intervals import bootstrap, paired_difference
+from rr1.metrics import markdown
 from rr1.records import resize
 from rr1.restorer import to_tensor, to_uint8
-from rr1.runtime import opt
+
+TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem", "lpips": "LPIPS (less is better)"}
 
 
 class Source(Protocol):
@@ -103,9 +104,10 @@ def noisy_steps(steps: int, window: int, early: int, generator: torch.Generator)
     return range(first, first + window)
 
 
-def measure(pictures: Tensor, clean: Tensor, encoder: image_rewards.Encoder, batch: int = 64) -> dict[str, np.ndarray]:
-    """PSNR in dB, SSIM and R_sem of each picture, (N,)."""
+def measure(pictures: Tensor, clean: Tensor, encoder: image_rewards.Encoder, lpips: Distance | None = None, batch: int = 64) -> dict[str, np.ndarray]:
+    """PSNR in dB, SSIM, R_sem and, where given, LPIPS of each picture, (N,)."""
     functions = {"psnr": image_rewards.psnr, "ssim": image_rewards.ssim, "r_sem": lambda x, y: image_rewards.r_sem(x, y, encoder)}
+    functions |= {"lpips": lpips} if lpips else {}
     pairs = list(zip(pictures.split(batch), clean.split(batch)))
     return {name: torch.cat([function(x, y) for x, y in pairs]).cpu().numpy() for name, function in functions.items()}
 
@@ -122,33 +124,12 @@ def recover(model: restorer.Restorer, damaged: Tensor, steps: int = 40, seed: in
     return restorer.restore(model, damaged, steps, [data.seed_for(seed, i) for i in range(len(damaged))], shift=shift)
 
 
-@dataclass
-class Config:
-    model: str = opt(tiny.RESTORER, "a restorer's folder")
-    data: str = opt("", "a folder of clean photos, or a file of records with clean_image; empty: scikit-image's own photos")
-    n: int = opt(10, "crops to show, of one photo after the other")
-    steps: int = opt(40, "Euler steps")
-    seed: int = opt(0, "fixes crops, damage and noise")
-    out: str = opt("strip.png", "file to write")
-
-
-PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")    # in scikit-image's package
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = runtime.parse_config(Config, argv, __doc__)
-    model = restorer.Restorer.from_pretrained(config.model).eval()
-    if config.data:
-        source = load_source(config.data, "", model.config["side"])
-    else:
-        import skimage
-        source = Photos([Path(skimage.__file__).parent / "data" / name for name in PHOTOS], model.config["side"])
-    damaged, clean = load_pairs(source, [i % len(source) for i in range(config.n)], [data.seed_for(config.seed, i) for i in range(config.n)])
-    recovered = recover(model, damaged, config.steps, config.seed)
-    run_folder.write_bytes(Path(config.out), strip(damaged, recovered, clean))
-    for name, pictures in (("damaged", damaged), ("recovered", recovered)):
-        print(f"{name:10s} PSNR {image_rewards.psnr(pictures, clean).mean():.2f} dB  SSIM {image_rewards.ssim(pictures, clean).mean():.3f}")
-
-
-if __name__ == "__main__":
-    main()
+def report(scores: dict[str, dict[str, np.ndarray]], seed: int = 0) -> tuple[dict, str]:
+    """{"damaged", "recovered": {measure: of each picture}} -> all estimates, and a table with 95 % intervals over pictures."""
+    rows = {name: {m: bootstrap(values, seed=seed) for m, values in found.items()} for name, found in scores.items()}
+    rows["recovered less damaged"] = {m: paired_difference((scores["recovered"][m], None), (scores["damaged"][m], None), seed) for m in scores["damaged"]}
+    written = lambda e, sign: f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]"
+    table = markdown(["", *(TITLES[m] for m in scores["damaged"])],
+                     [[name, *(written(e, "+" if "less" in name else "") for e in row.values())] for name, row in rows.items()])
+    n = len(next(iter(scores["damaged"].values())))
+    return {"n": n} | {name: {m: e._asdict() for m, e in row.items()} for name, row in rows.items()}, f"{n} held-out pictures\n\n{table}"

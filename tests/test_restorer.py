@@ -1,5 +1,6 @@
 """The restorer, the pairs it learns from, the data set it writes, and its training script: files, flags, resume, two processes."""
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,9 +10,11 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import skimage
 import torch
 from test_train import KILLED_AFTER_STEP_3, ROOT, Run, equal
 
+import evaluate
 import train_recover
 from degrade import degrade
 from rr1 import data, image_rewards, recovery, restorer, run_folder, tiny
@@ -198,10 +201,38 @@ def test_a_data_set_with_recovered_pictures(lab, world_folder, tmp_path, monkeyp
         restorer.main([*arguments, "--seed", "1"])
 
 
-def test_a_strip_of_scikit_images_photos(lab, tmp_path, capsys):
-    recovery.main(["--model", str(lab.folder / "model"), "--n", "5", "--steps", "1", "--out", str(tmp_path / "strip.png")])
-    assert cv2.imread(str(tmp_path / "strip.png")).shape == (3 * 16 * 2, 5 * 16 * 2, 3)
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["damaged", "PSNR"], ["recovered", "PSNR"]]
+def test_evaluate_says_how_near_recoveries_come(lab, tmp_path, capsys, monkeypatch):
+    """Crops of scikit-image's photos: the table is that of `measure`, with LPIPS by a stand-in, and the strip has three rows."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("astronaut.png", "chelsea.png", "coffee.png"):
+        shutil.copy(Path(skimage.__file__).parent / "data" / name, photos)
+    arguments = ["--restorer", str(lab.folder / "model"), "--data", str(photos), "--limit", "5", "--euler-steps", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(SystemExit, match="pip install lpips"):
+        evaluate.main([*arguments, "--lpips"])
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda net, verbose: Far()))
+    evaluate.main([*arguments, "--lpips"])
+    damaged, clean = recovery.held_out(recovery.load_source(str(photos), "", 16), 5)
+    recovered = recovery.recover(restorer.Restorer.from_pretrained(lab.folder / "model").eval(), damaged, 2)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["n"] == 5 and list(report["damaged"]) == ["psnr", "ssim", "r_sem", "lpips"]
+    for name, pictures in (("damaged", damaged), ("recovered", recovered)):
+        assert report[name]["psnr"]["value"] == pytest.approx(image_rewards.psnr(pictures, clean).mean().item(), abs=1e-4)
+        assert report[name]["lpips"]["value"] == pytest.approx((2 * (pictures.clamp(0, 1) - clean)).abs().mean().item(), abs=1e-5)
+    gain = report["recovered less damaged"]["ssim"]
+    assert gain["value"] == pytest.approx(report["recovered"]["ssim"]["value"] - report["damaged"]["ssim"]["value"], abs=1e-6) and gain["low"] <= gain["high"]
+    assert cv2.imread(str(tmp_path / "out" / "strip.png")).shape == (3 * 16 * 2, 5 * 16 * 2, 3)
+    said = capsys.readouterr().out
+    assert said.startswith("5 held-out pictures") and "LPIPS (less is better)" in said and (tmp_path / "out" / "report.txt").read_text() in said
+
+
+class Far(torch.nn.Module):
+    """A stand-in for LPIPS: the mean difference, in the form and range of the real one."""
+
+    def forward(self, a, b):
+        assert a.min() >= -1 and a.max() <= 1
+        return (a - b).abs().mean((1, 2, 3), keepdim=True)
 
 
 def test_the_shipped_restorer():
