@@ -82,14 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if config.batch % rt.world_size:
         raise SystemExit(f"--batch {config.batch} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")
-    if config.side % 8:
-        raise SystemExit(f"--side {config.side}: the restorer halves it three times; give a multiple of 8")
-    run = run_folder.RunFolder(config, rt, PANELS[config.stage], free={"save_every", "tracker"}, tracker=config.tracker)
     torch.manual_seed(config.seed)                                                  # the same weights on all processes
     if config.model:
         model = restorer.Restorer.from_pretrained(config.model)
     else:
-        model = restorer.Restorer(side=config.side, vae=config.vae)
+        model = restorer.for_pictures(config.side, config.vae)
+    run = run_folder.RunFolder(config, rt, PANELS[config.stage], free={"save_every", "tracker"}, tracker=config.tracker)
     model = model.to(rt.device)
     {"sft": fine_tune, "grpo": reinforce}[config.stage](config, rt, run, model)
     run.finish(model, None)

@@ -132,15 +132,36 @@ class Restorer(nn.Module):
 
 # ---------------------------------------------------------------- pictures in, pictures out
 
-def codec(model: Restorer):
-    """(encode, decode) between pictures and z: 2 x - 1 and back, or through the model's autoencoder, which is loaded here."""
-    if not model.config["vae"]:
-        return (lambda pictures: 2 * pictures - 1), (lambda z: (z + 1) / 2)
+def autoencoder(name: str):
+    """A frozen AutoencoderKL of diffusers by folder or hub id; weights only as safetensors."""
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise SystemExit("--vae works in the latents of an autoencoder from diffusers: pip install diffusers, or leave --vae out for pixels") from error
-    vae = AutoencoderKL.from_pretrained(model.config["vae"]).to(next(model.parameters()).device).eval().requires_grad_(False)
+    try:
+        return AutoencoderKL.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--vae {name}: not an AutoencoderKL's folder or hub id: {error}") from error
+
+
+def for_pictures(side: int, vae: str = "") -> Restorer:
+    """A new restorer of pictures side x side, in pixels or in an autoencoder's latents."""
+    if not vae:
+        channels, least = 3, 8
+    else:
+        config = autoencoder(vae).config
+        channels, least = config.latent_channels, 8 * 2 ** (len(config.block_out_channels) - 1)
+    if side % least:
+        raise SystemExit(f"--side {side}: the restorer halves pictures {least.bit_length() - 1} times{', the autoencoder included' if vae else ''}; "
+                         f"give a multiple of {least}")
+    return Restorer(channels, side=side, vae=vae)
+
+
+def codec(model: Restorer):
+    """(encode, decode) between pictures and z: 2 x - 1 and back, or through the model's autoencoder, which is loaded here."""
+    if not model.config["vae"]:
+        return (lambda pictures: 2 * pictures - 1), (lambda z: (z + 1) / 2)
+    vae = autoencoder(model.config["vae"]).to(next(model.parameters()).device)
     scale = vae.config.scaling_factor
     encode = lambda pictures: vae.encode(2 * pictures - 1).latent_dist.mode() * scale
     return torch.no_grad()(encode), torch.no_grad()(lambda z: (vae.decode(z / scale).sample + 1) / 2)

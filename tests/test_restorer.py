@@ -102,20 +102,34 @@ def test_a_picture_is_recovered_alike_in_any_batch():
     assert not torch.allclose(restorer.restore(model, pictures[:1], 3, seeds=[9]), whole[:1], atol=1e-3)
 
 
-def test_latents_of_an_autoencoder(monkeypatch, tmp_path):
+def test_latents_of_an_autoencoder(monkeypatch, tmp_path, no_plots):
     """A stand-in for diffusers, whose latents are the averages of 8 x 8 pixels; without diffusers the message says what to install."""
     class AutoencoderKL(torch.nn.Module):
-        config = SimpleNamespace(scaling_factor=0.5)
+        config = SimpleNamespace(scaling_factor=0.5, latent_channels=4, block_out_channels=(8, 8, 8, 8))
         encode = lambda self, x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.nn.functional.avg_pool2d(x, 8).repeat(1, 2, 1, 1)[:, :4]))
         decode = lambda self, z: SimpleNamespace(sample=torch.nn.functional.interpolate(z[:, :3], scale_factor=8))
-        from_pretrained = classmethod(lambda cls, folder: cls())
 
-    model, pictures = random_restorer(side=64, channels=4, vae="folder"), torch.rand(2, 3, 64, 64)
+        @classmethod
+        def from_pretrained(cls, folder, use_safetensors):
+            assert use_safetensors
+            if folder != "folder":
+                raise OSError("no such thing")
+            return cls()
+
+    pictures = torch.rand(2, 3, 64, 64)
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=AutoencoderKL))
+    model = restorer.for_pictures(64, "folder")
     encode, decode = restorer.codec(model)
-    assert encode(pictures).shape == (2, 4, 8, 8)
+    assert encode(pictures).shape == (2, 4, 8, 8) and model.config["channels"] == 4
     torch.testing.assert_close(decode(encode(pictures)), torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 8), scale_factor=8))
     assert restorer.restore(model, pictures, 2).shape == pictures.shape
+    for settings, message in (((32, "folder"), "--side 32: .*6 times, the autoencoder included; give a multiple of 64"), ((64, "typo"), "--vae typo: not an AutoencoderKL"),
+                              ((20, ""), "--side 20: .*3 times; give a multiple of 8")):
+        with pytest.raises(SystemExit, match=message):
+            restorer.for_pictures(*settings)
+    cv2.imwrite(str(tmp_path / "photo.png"), np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8))
+    train_recover.main(["--data", str(tmp_path), "--side", "64", "--vae", "folder", "--steps", "1", "--batch", "2", "--out", str(tmp_path / "run")])
+    assert restorer.Restorer.from_pretrained(tmp_path / "run" / "model").config == model.config
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match="pip install diffusers"):
         restorer.codec(model)
