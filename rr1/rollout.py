@@ -62,18 +62,19 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
     """
     text, (B, q, H) = model.model.language_model, x.shape
     heads, shared = text.config.num_attention_heads, text.config.num_key_value_heads
-    angle = position[:, None, None, None].float() * text.rotary_emb.inv_freq.float().repeat(2)                 # (B, 1, 1, head size)
-    cos, sin = (f(angle) * text.rotary_emb.attention_scaling for f in (torch.cos, torch.sin))
+    angle = position[:, None, None, None].float() * text.rotary_emb.inv_freq.float()                           # (B, 1, 1, half a head)
+    cos, sin = ((f(angle) * text.rotary_emb.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    turn = lambda x: torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
     mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, heads // shared, 1)
     norm = lambda layer, x: F.rms_norm(x, (H,), layer.weight, layer.variance_epsilon)
-    by_head = lambda x, n: x.view(B, q, n, -1).transpose(1, 2)                                                 # (B, n, q, head size)
-    turn = lambda x: x * cos.to(x.dtype) + torch.cat([-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]], -1) * sin.to(x.dtype)
     for layer, columns in zip(text.layers, cache.layers):
         attention, h = layer.self_attn, norm(layer.input_layernorm, x)
-        queries, keys = turn(by_head(attention.q_proj(h), heads)), turn(by_head(attention.k_proj(h), shared))
-        columns.write(keys, by_head(attention.v_proj(h), shared), at)
+        queries, keys, values = (project(h).view(B, q, -1, attention.head_dim) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        columns.write(turn(keys).transpose(1, 2), values.transpose(1, 2), at)
         keys, values = (buffer[:, :, :visible.shape[-1]] for buffer in (columns.keys, columns.values))
-        seen = F.scaled_dot_product_attention(queries.reshape(B, shared, heads // shared * q, -1), keys, values, attn_mask=mask)
+        queries = turn(queries).transpose(1, 2).reshape(B, shared, heads // shared * q, -1)
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         x = x + attention.o_proj(seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
         x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
     return norm(text.norm, x)
@@ -127,9 +128,9 @@ def next_token_logps(logits: torch.Tensor, temperature: float = 1.0, banned: Seq
 def pick(logps: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """(N, V) log-probabilities and (N,) uniform numbers -> (N,) tokens: the first whose cumulative probability exceeds u."""
     cumulative = logps.exp().cumsum(-1)
-    token = torch.searchsorted(cumulative, (u[:, None] * cumulative[:, -1:]), right=True)[:, 0]
-    last = logps.shape[-1] - 1 - logps.isfinite().flip(-1).long().argmax(-1)       # rounding must not reach past the last possible
-    return torch.minimum(token, last)
+    total = cumulative[:, -1:]
+    below = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))        # rounding must not reach past the last possible
+    return torch.searchsorted(cumulative, below, right=True)[:, 0]
 
 
 @torch.no_grad()
