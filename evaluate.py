@@ -53,7 +53,7 @@ class Config:
     batch: int = opt(64, "prompts at a time, in each process")
     temperature: float = opt(0.0, "0: the likeliest token always; 1: sample")
     max_new_tokens: int = opt(128, "longest response")
-    capture: bool = opt(False, "on a GPU: decoding steps are replayed as a CUDA graph; the same tokens, fewer launches")
+    capture: bool = opt(False, "on a GPU: decoding steps are replayed as a CUDA graph; fewer launches, the same tokens up to rounding")
     seed: int = opt(0, "fixes the damage of Table 2, what is sampled and the bootstrap")
     judge: str = opt("", "address of an OpenAI-compatible endpoint whose votes score R-Bench; its key: OPENAI_API_KEY")
     judge_model: str = opt("gpt-3.5-turbo", "what to ask for there")
@@ -63,7 +63,7 @@ class Config:
     image: str = opt("", "ask about this one picture and print the chain")
     question: str = opt("", "what to ask about --image")
     choices: list[str] = opt([], "possible answers to --question")
-    restorer: str = opt("", "a restorer's folder: how near its recoveries come, of held-out scenes or of crops of a folder of photos (--data)")
+    restorer: str = opt("", "a restorer's folder: how near its recoveries come, of held-out scenes or of crops of a folder of photos (--data); --limit 0: 256")
     euler_steps: int = opt(40, "of each recovery")
     encoder: str = opt(tiny.BASE, "whose features R_sem compares: a Qwen2.5-VL's vision tower or a CLIP, folder or hub id")
     lpips: bool = opt(False, "LPIPS of recoveries too (pip install lpips)")
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, checkpoint in models.items():
             meta = {"model": checkpoint, "weights": fingerprint(checkpoint), "data": fingerprint(path), "seed": config.seed,
                     "plain": name in config.plain, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens,
-                    "min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
+                    "min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None, "capture": config.capture or None}
             predict(config, rt, out / name, meta, jobs)
     if rt.is_main:
         rows = {name: read_predictions(out / name) for name in models}
@@ -256,7 +256,8 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
     image = data.open_image(config.image)
     batch = data.collate([build_prompt(config.question, config.choices)], [image], processor)
     [[r]] = rollout.sample_group(model, data.encode(model, batch), 1, [config.seed], end_id=processor.end_id,
-                                 max_new_tokens=config.max_new_tokens, temperature=config.temperature, banned=processor.banned_ids)
+                                 max_new_tokens=config.max_new_tokens, temperature=config.temperature, banned=processor.banned_ids,
+                                 capture=config.capture)
     text = processor.decode(r.ids)
     chain = parse(text)
     picked = choice_index(chain.answer or "", config.choices)
@@ -276,11 +277,14 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
 # ---------------------------------------------------------------- Robust-U1
 
 def recover(config: Config, rt: runtime.Runtime) -> None:
-    """PSNR, SSIM, R_sem and LPIPS of held-out damaged pictures (--limit of them, or 256) and of what a restorer makes of them."""
+    """PSNR, SSIM, R_sem and LPIPS of damaged pictures that no step trained on, and of what a restorer makes of them. Of --limit pictures
+    (or 256) those that are undamaged are left out: they would count 100 dB each."""
     model = restorer.Restorer.from_pretrained(config.restorer).to(rt.device).eval()
     side, out = model.config["side"], Path(config.out or "runs/eval-recovery")
     source = recovery.load_source(config.data, config.images, side) if config.data else tiny.pairs(side)
     damaged, clean = recovery.held_out(source, config.limit or 256)
+    chosen = (damaged != clean).flatten(1).any(1)
+    damaged, clean = damaged[chosen], clean[chosen]
     encoder = image_rewards.load_encoder(config.encoder, rt.device)
     lpips = image_rewards.load_lpips(device=rt.device) if config.lpips else None
     recovered = recovery.recover(model, damaged, config.euler_steps, config.seed).cpu()

@@ -64,7 +64,7 @@ class Config:
     mask_truncated: bool = opt(False, "leave responses that were cut off out of the loss")
     micro_batch: int = opt(8, "groups a forward and backward pass, in each process")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: slower, much less memory")
-    capture: bool = opt(False, "on a GPU: decoding steps are replayed as a CUDA graph; the same tokens, fewer launches")
+    capture: bool = opt(False, "on a GPU: decoding steps are replayed as a CUDA graph; fewer launches, the same tokens up to rounding")
     flex: bool = opt(False, "on a GPU: packed rows are scored by FlexAttention")
     shard: bool = opt(False, "parameters, gradients and optimizer state are spread over the processes: see docs/gpus.md")
     seed: int = opt(0, "fixes the order of the records, what is sampled and everything else random")

@@ -38,7 +38,7 @@ class Config:
     model: str = opt("", "a restorer's folder to start from; empty: a new one for sft, the shipped one for grpo")
     data: str = opt("", "a folder of clean photos, or a file of records with clean_image; empty: the drawn world")
     images: str = opt("", "folder that a file's image paths are relative to; empty: the file's own")
-    side: int = opt(32, "of the pictures that a new restorer works on, a multiple of 8")
+    side: int | None = opt(None, "of the pictures, a multiple of 8 (in latents mostly of 64); default: that of --model, of a new restorer 32")
     vae: str = opt("", "folder of a diffusers AutoencoderKL: a new restorer works in its latents; empty: in pixels")
     out: str = opt("", "the run's folder; empty: runs/recover or runs/recover-grpo")
     steps: int | None = opt(None, "optimizer steps, or rollouts of grpo; default: see DEFAULTS in train_recover.py")
@@ -82,11 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.setup(config.seed)
     if config.batch % rt.world_size:
         raise SystemExit(f"--batch {config.batch} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")
+    if config.model and config.vae:
+        raise SystemExit("--vae: the restorer of --model works where it was made to; give one of the two")
     torch.manual_seed(config.seed)                                                  # the same weights on all processes
-    if config.model:
-        model = restorer.Restorer.from_pretrained(config.model)
-    else:
-        model = restorer.for_pictures(config.side, config.vae)
+    config.side = config.side or (restorer.Restorer.from_pretrained(config.model).config["side"] if config.model else 32)
+    with runtime.main_first(rt):
+        model = restorer.for_pictures(config.side, config.vae, config.model)
     run = run_folder.RunFolder(config, rt, PANELS[config.stage], free={"save_every", "tracker"}, tracker=config.tracker)
     model = model.to(rt.device)
     {"sft": fine_tune, "grpo": reinforce}[config.stage](config, rt, run, model)

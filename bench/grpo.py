@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                   # the scripts are not part of the installed package
 
 from rr1 import runtime  # noqa: E402
-from rr1.metrics import markdown  # noqa: E402
+from rr1.tables import markdown  # noqa: E402
 from rr1.run_folder import to_json, write_text  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 

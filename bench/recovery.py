@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
-from bench.runs import interval, seconds, train  # noqa: E402
-from rr1 import data, image_rewards, metrics, records, recovery, restorer, run_folder, runtime, tiny  # noqa: E402
+from bench.runs import seconds, train  # noqa: E402
+from rr1 import data, image_rewards, records, recovery, restorer, run_folder, runtime, tables, tiny  # noqa: E402
 from rr1.intervals import Estimate, bootstrap, paired_difference  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 from rr1.tiny import world  # noqa: E402
 
 CONTROL_LR = 6e-4                    # 0.3 of the default run's: this is a second round, from the first one's end
 PROBE_STEPS, WARM = 12, 2            # of the timing; the first steps are slower
-MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem", "reward": "R", "read": "read right"}
+MEASURES = {m: recovery.TITLES[m] for m in ("psnr", "ssim", "r_sem")} | {"reward": "R", "read": "read right"}
 
 
 @dataclass
@@ -189,22 +189,22 @@ def report(scores: dict[str, dict[str, np.ndarray]], seeds: list[int], took: dic
 
     def line(title: str, name: str) -> list[str]:
         change = gain.get(name, {})
-        cells = [plain(now[name][m]) + (f" ({interval(change[m]._asdict())})" if m in change else "") for m in MEASURES]
+        cells = [plain(now[name][m]) + (f" ({tables.interval(change[m]._asdict())})" if m in change else "") for m in MEASURES]
         return [title, *cells, f"{took[name]:.0f}" if name in took else ""]
 
     lines = [line("damaged", "damaged"), *(line(f"{name} (less damaged)", name) for name in ("stage I", "stage I, equidistant"))]
     lines += [line(f"{title}, seed {s}", f"{kind}-{s}") for kind, title in (("grpo", "stage II"), ("control", "more stage I")) for s in seeds]
-    lines += [[f"stage II less more stage I, seed {s}", *(interval(duel[str(s)][m]._asdict()) for m in MEASURES), ""] for s in seeds]
+    lines += [[f"stage II less more stage I, seed {s}", *(tables.interval(duel[str(s)][m]._asdict()) for m in MEASURES), ""] for s in seeds]
     lines += [line("clean", "clean")]
     n = next(iter(now["damaged"].values())).n
-    table = metrics.markdown(["", *MEASURES.values(), "seconds"], lines)
+    table = tables.markdown(["", *MEASURES.values(), "seconds"], lines)
     text = (f"{n} held-out damaged scenes. In brackets: the difference to stage I with its 95 % interval, paired by picture; **bold** where that is\n"
             f"clear of 0. R = SSIM + 0.2 R_sem is the reward of stage II. Read right: things whose shape and colour a reader of clean pictures names.\n\n{table}")
     thirds = by_damage(scores)
     text += ("\n\nStage I by how damaged the pictures are: thirds by the SSIM of the damaged picture; in brackets the difference to it.\n\n"
-             + metrics.markdown(["", *(f"{MEASURES[m]}{end}" for m in ("psnr", "ssim", "read") for end in (", damaged", ", stage I"))],
+             + tables.markdown(["", *(f"{MEASURES[m]}{end}" for m in ("psnr", "ssim", "read") for end in (", damaged", ", stage I"))],
                                 [[name, *(cell for m in ("psnr", "ssim", "read") for cell in (
-                                    plain(third[m]["damaged"]), f"{plain(third[m]['stage I'])} ({interval(third[m]['gain']._asdict())})"))]
+                                    plain(third[m]["damaged"]), f"{plain(third[m]['stage I'])} ({tables.interval(third[m]['gain']._asdict())})"))]
                                  for name, third in thirds.items()]))
     as_dicts = lambda tree: {k: v._asdict() if isinstance(v, Estimate) else as_dicts(v) for k, v in tree.items()}
     return {"n": n, "now": as_dicts(now), "gain": as_dicts(gain), "stage_2_less_control": as_dicts(duel), "by_damage": as_dicts(thirds), "training_seconds": took}, text

@@ -89,11 +89,3 @@ def same_records(mode: str, models: dict[str, list[dict]], first: str) -> None:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def interval(e: dict) -> str:
-    """`+0.141 [+0.102, +0.180]`, bold if 0 is outside."""
-    if e["value"] is None:
-        return "-"
-    text = f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]"
-    return f"**{text}**" if e["low"] > 0 or e["high"] < 0 else text

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
-from bench.runs import begin, interval, read_rows, run_all, same_records, train  # noqa: E402
-from rr1 import metrics, restorer, run_folder, runtime, tiny  # noqa: E402
+from bench.runs import begin, read_rows, run_all, same_records, train  # noqa: E402
+from rr1 import metrics, restorer, run_folder, runtime, tables, tiny  # noqa: E402
 from rr1.intervals import paired_difference  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 
@@ -115,9 +115,9 @@ def report(result: dict) -> str:
     return "\n\n".join([
         f"{result['n']} held-out damaged scenes, greedy. Share right (captions: F1 of phrases) [95 % interval] n; low, mid, high: total intensity below 0.5,\n"
         "below 1, above.",
-        metrics.markdown(["", *MEASURES.values()], [[titles[name], *(metrics.cell(found[m]) for m in MEASURES)] for name, found in result["now"].items()]),
+        tables.markdown(["", *MEASURES.values()], [[titles[name], *(tables.cell(found[m]) for m in MEASURES)] for name, found in result["now"].items()]),
         "Each less `chain`, paired by record; **bold** where the interval is clear of 0.",
-        metrics.markdown(["", *MEASURES.values()], [[titles[name], *(interval(found[m]) for m in MEASURES)] for name, found in result["less_chain"].items()])])
+        tables.markdown(["", *MEASURES.values()], [[titles[name], *(tables.interval(found[m]) for m in MEASURES)] for name, found in result["less_chain"].items()])])
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
-from bench.runs import MODES, begin, interval, number, read_rows, run_all, same_records, seconds, train  # noqa: E402
-from rr1 import metrics, run_folder, runtime, tiny  # noqa: E402
+from bench.runs import MODES, begin, number, read_rows, run_all, same_records, seconds, train  # noqa: E402
+from rr1 import metrics, run_folder, runtime, tables, tiny  # noqa: E402
 from rr1.intervals import bootstrap_cells, paired_difference  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
 
@@ -127,13 +127,13 @@ def report(result: dict) -> str:
               f"models asked without one have none. Steps of training took: {took}."]
     for mode in reversed(MODES):
         now, less = result[mode]["now"], result[mode]["less_full"]
-        blocks += [f"{mode.capitalize()}, in the layout of Table 3.", metrics.markdown(
+        blocks += [f"{mode.capitalize()}, in the layout of Table 3.", tables.markdown(
             ["", *columns.values()], [[title, *(number(now[name].get(c, {}).get("value")) for c in columns)] for name, title in TITLES.items()])]
-        blocks += [f"{mode.capitalize()}: value [95 % interval] n.", metrics.markdown(
-            ["", *TITLES.values()], [[title, *(metrics.cell(now[name].get(c)) for name in TITLES)] for c, title in columns.items()])]
-        blocks += [f"{mode.capitalize()}: each less `full`, paired by record; **bold** where the interval is clear of 0.", metrics.markdown(
+        blocks += [f"{mode.capitalize()}: value [95 % interval] n.", tables.markdown(
+            ["", *TITLES.values()], [[title, *(tables.cell(now[name].get(c)) for name in TITLES)] for c, title in columns.items()])]
+        blocks += [f"{mode.capitalize()}: each less `full`, paired by record; **bold** where the interval is clear of 0.", tables.markdown(
             ["", *(TITLES[name] for name in less)],
-            [[title, *(interval(less[name].get(c, {"value": None})) for name in less)] for c, title in columns.items()])]
+            [[title, *(tables.interval(less[name].get(c, {"value": None})) for name in less)] for c, title in columns.items()])]
     return "\n\n".join(blocks)
 
 

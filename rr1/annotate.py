@@ -26,7 +26,6 @@ the word count of the total intensity written into it, not a set of them.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed

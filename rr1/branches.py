@@ -46,7 +46,9 @@ class Branches:
 
 
 def block_mask(prompts: Sequence[int], starts: Sequence[tuple[int, int]], lengths: Sequence[int], rows: torch.Tensor) -> BlockMask:
-    """The same rows, given as to `Branches.of`, for FlexAttention: one kernel that skips the blocks of 128 x 128 that nothing may look at."""
+    """The same rows, given as to `Branches.of`, for FlexAttention: one kernel that skips the blocks of 128 x 128 that nothing may look at.
+    Padding sees the prompt and itself, so that no row is without a place to look at; nobody reads what it becomes."""
+    torch._dynamo.config.recompile_limit = 64           # B, N and the mode change; past the default of 8 all N x N scores would be made
     (B, N, _), device = rows.shape, rows.device
     owner = torch.full((B, N), -2)                                                  # -1 the prompt, r a response's, -2 padding
     for b, n in enumerate(prompts):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from rr1 import metrics
+from rr1 import metrics, tables
 from rr1.figures import smooth
 from rr1.run_folder import write_text
 
@@ -94,8 +94,8 @@ def table(groups: dict[str, list[Path]], evaluation: Path) -> str:
             judged = metrics.damaged([metrics.judge(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()])
             found = metrics.summary(judged)
             measures = list(found)
-            lines.append([label, run.name, *(metrics.cell(found[m]._asdict()).partition(" n ")[0] for m in measures), str(len(judged))])
-    return metrics.markdown(["setting", "run", *measures, "pictures"], lines)
+            lines.append([label, run.name, *(tables.cell(found[m]._asdict()).partition(" n ")[0] for m in measures), str(len(judged))])
+    return tables.markdown(["setting", "run", *measures, "pictures"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
     one prediction   judge, count_types           (what is right: rr1.answers)
     many             measures, level, table_1, table_2, categories, versus, figure_6, confusion, report
-    as text          cell, markdown, report_text  (how sure: rr1.intervals)
+    as text          report_text  (how sure: rr1.intervals)
 
 A row is a dict: form ("choice", "open", "caption", "direct"), choices, answer (the true one), degradations (what is on the picture
 shown; None: not known), shown ("as is", "clean", or the level as text), plain (asked without a chain), response, length,
@@ -21,6 +21,7 @@ from rr1.answers import find_answer, score_answer, score_benchmark
 from rr1.chain import is_well_formed, parse
 from rr1.intervals import Estimate, bootstrap, bootstrap_cells, mcnemar, paired_difference, wilson
 from rr1.rewards import r_deg, r_len
+from rr1.tables import cell, markdown
 
 FORMS, LEVELS = ("choice", "open", "caption"), ("low", "mid", "high")
 TYPES = (*DEGRADATIONS, "other")     # "other": a name that is not one of the sixteen
@@ -245,25 +246,6 @@ def report(rows: Sequence[dict], seed: int = 0) -> dict:
 
 
 # ---------------------------------------------------------------- as text
-
-def cell(estimate: dict | None) -> str:
-    """`0.713 [0.66, 0.76] n 150`, how many answers could not be read, and by what it was scored, if not exactly."""
-    if estimate is None or estimate["value"] is None:
-        return "-"
-    digits = 1 if abs(estimate["value"]) >= 10 else 3
-    value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
-    unread = f", {estimate['unparsed']} unread" if estimate.get("unparsed") else ""
-    missing = f", {estimate['cells']} of 9 cells" if estimate.get("cells", 9) < 9 else ""
-    by = f", {estimate['by']}" if estimate.get("by") else ""
-    return f"{value} [{low}, {high}] n {estimate['n']}{unread}{missing}{by}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well as it stands."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    line = lambda texts: "| " + " | ".join(text.ljust(width) for text, width in zip(texts, widths)) + " |"
-    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
-
 
 def report_text(reports: dict[str, dict]) -> str:
     """The tables of all models, as Markdown."""

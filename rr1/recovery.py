@@ -21,10 +21,11 @@ from degrade import SUFFIXES, degrade, sample_degradations
 from rr1 import data, image_rewards, restorer, tiny
 from rr1.image_rewards import Distance
 from rr1.intervals import bootstrap, paired_difference
-from rr1.metrics import markdown
+from rr1.tables import cell, interval, markdown
 from rr1.records import resize
 from rr1.restorer import to_tensor, to_uint8
 
+KEPT = 64                            # pairs of larger sides would make a file of more than a gigabyte: they are drawn when asked for
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem", "lpips": "LPIPS (less is better)"}
 
 
@@ -69,7 +70,7 @@ class Photos:
 def load_source(path: str, images: str, side: int) -> Source:
     """--data: "" for the drawn world, a folder of clean photos, or a file of records with `clean_image`."""
     if not path:
-        return tiny.pairs(side).kept(tiny.WORLD)
+        return tiny.pairs(side).kept(tiny.WORLD) if side <= KEPT else tiny.pairs(side)
     if Path(path).is_dir():
         paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
         if not paths:
@@ -128,8 +129,7 @@ def report(scores: dict[str, dict[str, np.ndarray]], seed: int = 0) -> tuple[dic
     """{"damaged", "recovered": {measure: of each picture}} -> all estimates, and a table with 95 % intervals over pictures."""
     rows = {name: {m: bootstrap(values, seed=seed) for m, values in found.items()} for name, found in scores.items()}
     rows["recovered less damaged"] = {m: paired_difference((scores["recovered"][m], None), (scores["damaged"][m], None), seed) for m in scores["damaged"]}
-    written = lambda e, sign: f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]"
-    table = markdown(["", *(TITLES[m] for m in scores["damaged"])],
-                     [[name, *(written(e, "+" if "less" in name else "") for e in row.values())] for name, row in rows.items()])
+    cells = lambda name, row: [interval(e._asdict()) if "less" in name else cell(e._asdict()) for e in row.values()]
+    table = markdown(["", *(TITLES[m] for m in scores["damaged"])], [[name, *cells(name, row)] for name, row in rows.items()])
     n = len(next(iter(scores["damaged"].values())))
-    return {"n": n} | {name: {m: e._asdict() for m, e in row.items()} for name, row in rows.items()}, f"{n} held-out pictures\n\n{table}"
+    return {"n": n} | {name: {m: e._asdict() for m, e in row.items()} for name, row in rows.items()}, f"{n} damaged pictures; **bold**: the interval is clear of 0\n\n{table}"

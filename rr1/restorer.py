@@ -125,46 +125,47 @@ class Restorer(nn.Module):
             model = cls(**config)
             model.load_state_dict(weights)
         except (OSError, TypeError, ValueError, RuntimeError) as error:
-            raise SystemExit(f"--model {folder}: not a restorer's folder, with config.json and model.safetensors as train_recover.py "
+            raise SystemExit(f"{folder}: not a restorer's folder, with config.json and model.safetensors as train_recover.py "
                              f"writes them: {error}") from error
         return model.to(dtype)
 
 
 # ---------------------------------------------------------------- pictures in, pictures out
 
-def autoencoder(name: str):
-    """A frozen AutoencoderKL of diffusers by folder or hub id; weights only as safetensors."""
+def autoencoder(name: str, function: str = "from_pretrained", **options):
+    """AutoencoderKL of diffusers, by folder or hub id: the model, weights only as safetensors, or with "load_config" its configuration."""
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise SystemExit("--vae works in the latents of an autoencoder from diffusers: pip install diffusers, or leave --vae out for pixels") from error
+        raise SystemExit("a restorer in the latents of an autoencoder asks for diffusers: pip install diffusers, or leave --vae out for pixels") from error
     try:
-        return AutoencoderKL.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+        return getattr(AutoencoderKL, function)(name, **options)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--vae {name}: not an AutoencoderKL's folder or hub id: {error}") from error
+        raise SystemExit(f"{name}: not the folder or hub id of an AutoencoderKL (--vae when the restorer was made): {error}") from error
 
 
-def for_pictures(side: int, vae: str = "") -> Restorer:
-    """A new restorer of pictures side x side, in pixels or in an autoencoder's latents."""
-    if not vae:
-        channels, least = 3, 8
-    else:
-        config = autoencoder(vae).config
-        channels, least = config.latent_channels, 8 * 2 ** (len(config.block_out_channels) - 1)
-    if side % least:
-        raise SystemExit(f"--side {side}: the restorer halves pictures {least.bit_length() - 1} times{', the autoencoder included' if vae else ''}; "
-                         f"give a multiple of {least}")
-    return Restorer(channels, side=side, vae=vae)
+def for_pictures(side: int, vae: str = "", folder: str = "") -> Restorer:
+    """A restorer of pictures side x side: a new one, in pixels or in an autoencoder's latents, or one from a folder. It is made of
+    convolutions, so its weights fit any side; the coarsest scale's attention then sees more places than it was taught on."""
+    model = Restorer.from_pretrained(folder) if folder else None
+    vae = model.config["vae"] if folder else vae
+    config = autoencoder(vae, "load_config") if vae else {"latent_channels": 3, "block_out_channels": [0]}
+    halvings = 3 + len(config["block_out_channels"]) - 1
+    if side % 2**halvings:
+        raise SystemExit(f"--side {side}: pictures are halved {halvings} times{', by the autoencoder too' if vae else ''}; give a multiple of {2**halvings}")
+    model = model or Restorer(config["latent_channels"], side=side, vae=vae)
+    model.config["side"] = side
+    return model
 
 
 def codec(model: Restorer):
     """(encode, decode) between pictures and z: 2 x - 1 and back, or through the model's autoencoder, which is loaded here."""
     if not model.config["vae"]:
         return (lambda pictures: 2 * pictures - 1), (lambda z: (z + 1) / 2)
-    vae = autoencoder(model.config["vae"]).to(next(model.parameters()).device)
-    scale = vae.config.scaling_factor
-    encode = lambda pictures: vae.encode(2 * pictures - 1).latent_dist.mode() * scale
-    return torch.no_grad()(encode), torch.no_grad()(lambda z: (vae.decode(z / scale).sample + 1) / 2)
+    vae = autoencoder(model.config["vae"], use_safetensors=True).eval().requires_grad_(False).to(next(model.parameters()).device)
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    encode = lambda pictures: (vae.encode(2 * pictures - 1).latent_dist.mode() - shift) * scale
+    return torch.no_grad()(encode), torch.no_grad()(lambda z: (vae.decode(z / scale + shift).sample + 1) / 2)
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -81,22 +81,24 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
 
 
 class Captured:
-    """A function of CUDA tensors, recorded once as a graph of kernels and replayed from then on: one launch for some 25 a layer, which
-    is what a decoding step of few rows otherwise waits for (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+    """A function of CUDA tensors, recorded once as a graph of kernels and replayed from then on: one launch for all layers in place of
+    some 25 for each of them (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 
     A graph knows addresses, not values: what is given is copied to where the recorded kernels read, and every result comes in the same
     place as the last. Buffers that the function writes to and the weights must stay where they are, and so must all shapes.
     """
 
+    side = None                      # one stream for all recordings: each one that cuBLAS sees costs it a workspace for good
+
     def __init__(self, function, *inputs: torch.Tensor):
         self.inputs = [x.clone() for x in inputs]
-        side = torch.cuda.Stream()                                                  # one run before, for what is allocated on first use
+        side = Captured.side = Captured.side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            function(*self.inputs)
+            function(*self.inputs)                                                  # once before, for what is allocated on first use
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side):
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -141,8 +143,8 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
 
     A prompt's random numbers come from its own seed, so what is
     sampled does not depend on which prompts share the batch, on micro-batches or on the number of GPUs. `banned` ids are
-    never sampled. `capture` replays the decoding step as a CUDA graph (`Captured`): the same tokens, fewer launches. Attention
-    then goes over all P + G L columns from the start, since the shapes must stay.
+    never sampled. `capture` replays the decoding step as a CUDA graph (`Captured`): fewer launches. Attention then goes over all P + G L
+    columns from the start, since shapes must stay, so its sums round differently; the tokens are the same up to that.
     """
     B, device = len(prompts), model.device
     ids, lengths = _left_pad([p.ids for p in prompts]), torch.tensor([len(p.ids) for p in prompts], device=device)
@@ -188,7 +190,7 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
         visible = (columns == -1) | (columns == who[:, :, None])                   # (B, q, columns)
         inputs = (model.get_input_embeddings()(token), position + t, visible, used + torch.arange(q, device=device))
         used += q
-        if capture and (step is eager or step.inputs[0].shape != inputs[0].shape):  # at first, and when something has left
+        if capture and (step is eager or step.inputs[0].shape != inputs[0].shape):  # at first, and when the batch has shrunk
             step = Captured(eager, *inputs)
         hidden = step(*inputs)
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from degrade import DEGRADATIONS, STAGES, Degradation, degrade
 from rr1 import annotate, data, data_card, rewards, teachers
-from rr1.chain import Chain, is_well_formed, parse, render
+from rr1.chain import Chain, is_well_formed, render
 from rr1.questions import Truth, read_questions, read_rows
 from rr1.teachers import Rejected, fill, template_teacher
 from rr1.tiny import world

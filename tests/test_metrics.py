@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from degrade import Degradation
-from rr1 import answers, figures, metrics
+from rr1 import answers, figures, metrics, tables
 from rr1.chain import Chain, render
 from rr1.rewards import r_deg
 
@@ -237,6 +237,6 @@ def test_a_plain_model_is_read_whole_and_has_no_figure_6(tmp_path):
 
 
 def test_markdown_and_cells():
-    assert metrics.cell(metrics.wilson(5, 10)._asdict() | {"unparsed": 2}) == "0.500 [0.237, 0.763] n 10, 2 unread"
-    assert metrics.cell(metrics.bootstrap([])._asdict()) == "-" == metrics.cell(None)
-    assert metrics.markdown(["", "b"], [["long", "1"]]) == "|      | b |\n|------|---|\n| long | 1 |"
+    assert tables.cell(metrics.wilson(5, 10)._asdict() | {"unparsed": 2}) == "0.500 [0.237, 0.763] n 10, 2 unread"
+    assert tables.cell(metrics.bootstrap([])._asdict()) == "-" == tables.cell(None)
+    assert tables.markdown(["", "b"], [["long", "1"]]) == "|      | b |\n|------|---|\n| long | 1 |"

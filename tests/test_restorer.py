@@ -90,7 +90,7 @@ def test_saved_and_loaded_it_is_the_same_and_a_wrong_folder_is_named(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(z, -z, t), again(z, -z, t))
     assert again.config == model.config
-    with pytest.raises(SystemExit, match="--model .*nothing"):
+    with pytest.raises(SystemExit, match="nothing: not a restorer's folder"):
         restorer.Restorer.from_pretrained(tmp_path / "nothing")
 
 
@@ -105,31 +105,39 @@ def test_a_picture_is_recovered_alike_in_any_batch():
 def test_latents_of_an_autoencoder(monkeypatch, tmp_path, no_plots):
     """A stand-in for diffusers, whose latents are the averages of 8 x 8 pixels; without diffusers the message says what to install."""
     class AutoencoderKL(torch.nn.Module):
-        config = SimpleNamespace(scaling_factor=0.5, latent_channels=4, block_out_channels=(8, 8, 8, 8))
+        config = SimpleNamespace(scaling_factor=0.5, shift_factor=0.1, latent_channels=4, block_out_channels=(8, 8, 8, 8))
         encode = lambda self, x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.nn.functional.avg_pool2d(x, 8).repeat(1, 2, 1, 1)[:, :4]))
         decode = lambda self, z: SimpleNamespace(sample=torch.nn.functional.interpolate(z[:, :3], scale_factor=8))
 
         @classmethod
         def from_pretrained(cls, folder, use_safetensors):
             assert use_safetensors
+            return cls()
+
+        @classmethod
+        def load_config(cls, folder):
             if folder != "folder":
                 raise OSError("no such thing")
-            return cls()
+            return vars(cls.config)
 
     pictures = torch.rand(2, 3, 64, 64)
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=AutoencoderKL))
     model = restorer.for_pictures(64, "folder")
     encode, decode = restorer.codec(model)
     assert encode(pictures).shape == (2, 4, 8, 8) and model.config["channels"] == 4
+    torch.testing.assert_close(encode(pictures)[:, 0], 0.5 * (2 * torch.nn.functional.avg_pool2d(pictures, 8)[:, 0] - 1 - 0.1))
     torch.testing.assert_close(decode(encode(pictures)), torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 8), scale_factor=8))
     assert restorer.restore(model, pictures, 2).shape == pictures.shape
-    for settings, message in (((32, "folder"), "--side 32: .*6 times, the autoencoder included; give a multiple of 64"), ((64, "typo"), "--vae typo: not an AutoencoderKL"),
+    for settings, message in (((32, "folder"), "--side 32: .*6 times, by the autoencoder too; give a multiple of 64"), ((64, "typo"), "typo: not the folder or hub id of an AutoencoderKL"),
                               ((20, ""), "--side 20: .*3 times; give a multiple of 8")):
         with pytest.raises(SystemExit, match=message):
             restorer.for_pictures(*settings)
     cv2.imwrite(str(tmp_path / "photo.png"), np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8))
     train_recover.main(["--data", str(tmp_path), "--side", "64", "--vae", "folder", "--steps", "1", "--batch", "2", "--out", str(tmp_path / "run")])
     assert restorer.Restorer.from_pretrained(tmp_path / "run" / "model").config == model.config
+    with pytest.raises(SystemExit, match="--vae: the restorer of --model"):
+        train_recover.main(["--model", str(tmp_path / "run" / "model"), "--vae", "folder", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match="pip install diffusers"):
         restorer.codec(model)
@@ -231,14 +239,30 @@ def test_evaluate_says_how_near_recoveries_come(lab, tmp_path, capsys, monkeypat
     recovered = recovery.recover(restorer.Restorer.from_pretrained(lab.folder / "model").eval(), damaged, 2)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["n"] == 5 and list(report["damaged"]) == ["psnr", "ssim", "r_sem", "lpips"]
-    for name, pictures in (("damaged", damaged), ("recovered", recovered)):
-        assert report[name]["psnr"]["value"] == pytest.approx(image_rewards.psnr(pictures, clean).mean().item(), abs=1e-4)
-        assert report[name]["lpips"]["value"] == pytest.approx((2 * (pictures.clamp(0, 1) - clean)).abs().mean().item(), abs=1e-5)
+    for name, shown in (("damaged", damaged), ("recovered", recovered)):
+        assert report[name]["psnr"]["value"] == pytest.approx(image_rewards.psnr(shown, clean).mean().item(), abs=1e-4)
+        assert report[name]["lpips"]["value"] == pytest.approx((2 * (shown.clamp(0, 1) - clean)).abs().mean().item(), abs=1e-5)
     gain = report["recovered less damaged"]["ssim"]
     assert gain["value"] == pytest.approx(report["recovered"]["ssim"]["value"] - report["damaged"]["ssim"]["value"], abs=1e-6) and gain["low"] <= gain["high"]
     assert cv2.imread(str(tmp_path / "out" / "strip.png")).shape == (3 * 16 * 2, 5 * 16 * 2, 3)
     said = capsys.readouterr().out
-    assert said.startswith("5 held-out pictures") and "LPIPS (less is better)" in said and (tmp_path / "out" / "report.txt").read_text() in said
+    assert said.startswith("5 damaged pictures") and "LPIPS (less is better)" in said and (tmp_path / "out" / "report.txt").read_text() in said
+
+
+def test_evaluate_leaves_undamaged_scenes_out(lab, tmp_path):
+    """They would count 100 dB each before, and less after."""
+    evaluate.main(["--restorer", str(lab.folder / "model"), "--limit", "64", "--euler-steps", "1", "--out", str(tmp_path)])
+    damaged, clean = recovery.held_out(tiny.pairs(16), 64)
+    n = sum(not torch.equal(a, b) for a, b in zip(damaged, clean))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert 40 < n < 64 and report["n"] == n and report["damaged"]["psnr"]["high"] < 99
+
+
+def test_a_restorers_weights_go_on_at_another_side(lab, tmp_path):
+    train_recover.main(["--model", str(lab.folder / "model"), "--side", "24", "--steps", "1", "--batch", "2", "--out", str(tmp_path / "run")])
+    model = restorer.Restorer.from_pretrained(tmp_path / "run" / "model")
+    assert model.config == restorer.Restorer.from_pretrained(lab.folder / "model").config | {"side": 24}
+    assert recovery.recover(model, torch.rand(1, 3, 24, 24), 1).shape == (1, 3, 24, 24)
 
 
 class Far(torch.nn.Module):

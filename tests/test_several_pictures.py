@@ -12,7 +12,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 import evaluate
-import train_grpo
 import train_sft
 from conftest import random_model
 from rr1 import data, rollout, run_folder, vlm
