@@ -2,7 +2,8 @@
 
     python bench/stage_3.py --jobs 2                # the drawn world, two processes at a time -> runs/stage_3/report.md
 
-One base, one number of steps, one seed, the same quarter of the training records; what differs is what is shown and what is asked for:
+The shipped restorer works on 32 x 32, the scenes are 112 x 112: first its weights are taught on at that side (stage I), so that I_r is as fine
+as I_c. Then one base, one number of steps, one seed, the same quarter of the training records; what differs is what is shown and asked for:
 
     base                 I_c             the question alone (no chain)
     base on I_r          I_r             the same, the recovered picture in place of the damaged one
@@ -10,7 +11,7 @@ One base, one number of steps, one seed, the same quarter of the training record
     chain (Robust-R1)    I_c             fine-tuned on chains: the shipped weights of train_sft.py
     chain + GRPO         I_c             and then reinforced: the shipped weights of train_grpo.py
     twice                I_c, I_c        chains, with the damaged picture shown twice: what a second picture alone brings
-    recovered (stage 3)  I_c, I_r        chains, with the picture that the shipped restorer recovers
+    recovered (stage 3)  I_c, I_r        chains, with the picture that the restorer recovers
     ceiling              I_c, X          the model of the row above, shown the true clean picture in place of I_r
 
 All answer the held-out damaged scenes, greedy. Differences to `chain` are paired by record; intervals are 95 %, over records: what another
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
@@ -28,6 +29,9 @@ from bench.runs import begin, read_rows, run_all, same_records, train  # noqa: E
 from rr1 import metrics, restorer, run_folder, runtime, tables, tiny  # noqa: E402
 from rr1.intervals import paired_difference  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
+from rr1.tiny import world  # noqa: E402
+
+RESTORER_LR = 1e-3                   # less than half of a new restorer's: this is a second round
 
 # name -> title, what is shown (c damaged, r recovered, x clean), the model: a folder, or the run that trains it
 ROWS = {"base": ("base", "c", tiny.BASE), "base-r": ("base on I_r", "r", tiny.BASE), "base-x": ("base on X", "x", tiny.BASE),
@@ -41,7 +45,8 @@ MEASURES = {f"choice {grade}": f"choice, {grade}" for grade in metrics.LEVELS} |
 
 @dataclass
 class Config:
-    restorer: str = opt(tiny.RESTORER, "the restorer that recovers the pictures")
+    restorer: str = opt("", "the restorer that recovers the pictures; empty: the shipped one, taught on at the scenes' own side")
+    restorer_steps: int = opt(1000, "of that")
     euler_steps: int = opt(10, "of each recovery")
     steps: int = opt(425, "of each fine-tuning; train_sft.py's own number")
     limit: int = opt(0, "answer this many records only; 0: all")
@@ -56,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. recover the pictures, and write the records that show them
     tiny.dataset("train")
-    recover = ["--model", config.restorer, "--steps", str(config.euler_steps), "--seed", str(config.seed)]
+    if not config.restorer:
+        train(replace(config, jobs=1), {"restorer": ["train_recover.py", "--model", tiny.RESTORER, "--side", world.SIDE, "--lr", RESTORER_LR,
+                                                     "--steps", config.restorer_steps, "--seed", config.seed]})
+    recover = ["--model", config.restorer or str(out / "restorer" / "model"), "--steps", str(config.euler_steps), "--seed", str(config.seed)]
     for part, split in (("sft", "train"), ("all", "test")):
         restorer.main([*recover, "--data", tiny.dataset(split), "--part", part, "--out", str(out / "pairs" / split)])
     shown = {kind: write_shown(out, "test", kind) for kind in {kind for _, kind, _ in ROWS.values()}}
