@@ -200,24 +200,10 @@ def report(scores: dict[str, dict[str, np.ndarray]], seeds: list[int], took: dic
     table = tables.markdown(["", *MEASURES.values(), "seconds"], lines)
     text = (f"{n} held-out damaged scenes. In brackets: the difference to stage I with its 95 % interval, paired by picture; **bold** where that is\n"
             f"clear of 0. R = SSIM + 0.2 R_sem is the reward of stage II. Read right: things whose shape and colour a reader of clean pictures names.\n\n{table}")
-    thirds = by_damage(scores)
-    text += ("\n\nStage I by how damaged the pictures are: thirds by the SSIM of the damaged picture; in brackets the difference to it.\n\n"
-             + tables.markdown(["", *(f"{MEASURES[m]}{end}" for m in ("psnr", "ssim", "read") for end in (", damaged", ", stage I"))],
-                                [[name, *(cell for m in ("psnr", "ssim", "read") for cell in (
-                                    plain(third[m]["damaged"]), f"{plain(third[m]['stage I'])} ({tables.interval(third[m]['gain']._asdict())})"))]
-                                 for name, third in thirds.items()]))
+    thirds, table = recovery.by_damage(scores["damaged"], scores["stage I"], {m: MEASURES[m] for m in ("psnr", "ssim", "read")})
+    text += f"\n\nStage I, by how damaged the pictures are:\n\n{table}"
     as_dicts = lambda tree: {k: v._asdict() if isinstance(v, Estimate) else as_dicts(v) for k, v in tree.items()}
-    return {"n": n, "now": as_dicts(now), "gain": as_dicts(gain), "stage_2_less_control": as_dicts(duel), "by_damage": as_dicts(thirds), "training_seconds": took}, text
-
-
-def by_damage(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """{third of the pictures: {measure: its estimates damaged and after stage I, and the paired gain}}."""
-    order, found = np.argsort(scores["damaged"]["ssim"], kind="stable"), {}
-    for name, chosen in zip(("heaviest third", "middle third", "lightest third"), np.array_split(order, 3)):
-        before, after = ({m: scores[row][m][chosen] for m in MEASURES} for row in ("damaged", "stage I"))
-        found[name] = {m: {"damaged": bootstrap(before[m]), "stage I": bootstrap(after[m]),
-                           "gain": paired_difference((after[m], None), (before[m], None))} for m in MEASURES}
-    return found
+    return {"n": n, "now": as_dicts(now), "gain": as_dicts(gain), "stage_2_less_control": as_dicts(duel), "by_damage": thirds, "training_seconds": took}, text
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def test_evaluate_says_how_near_recoveries_come(lab, tmp_path, capsys, monkeypat
         assert report[name]["lpips"]["value"] == pytest.approx((2 * (shown.clamp(0, 1) - clean)).abs().mean().item(), abs=1e-5)
     gain = report["recovered less damaged"]["ssim"]
     assert gain["value"] == pytest.approx(report["recovered"]["ssim"]["value"] - report["damaged"]["ssim"]["value"], abs=1e-6) and gain["low"] <= gain["high"]
-    assert cv2.imread(str(tmp_path / "out" / "strip.png")).shape == (3 * 16 * 2, 5 * 16 * 2, 3)
+    assert cv2.imread(str(tmp_path / "out" / "strip.png")).shape == (3 * 64, 5 * 64, 3)
     said = capsys.readouterr().out
     assert said.startswith("5 damaged pictures") and "LPIPS (less is better)" in said and (tmp_path / "out" / "report.txt").read_text() in said
 
@@ -288,7 +288,7 @@ def test_the_shipped_restorer():
 def test_files_and_metrics_of_a_run(lab, stage):
     run = lab.run(stage)
     assert {p.name for p in run.out.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "model", "strip.png"}
-    assert cv2.imread(str(run.out / "strip.png")).shape == (3 * 16 * 2, 8 * 16 * 2, 3)
+    assert cv2.imread(str(run.out / "strip.png")).shape == (3 * 64, 8 * 64, 3)
     assert [row["step"] for row in run.rows] == [1, 2] and all(isinstance(v, (int, float)) for row in run.rows for v in row.values())
     assert restorer.Restorer.from_pretrained(run.out / "model").config["side"] == 16
     first = run.rows[0]
