@@ -51,6 +51,7 @@ class Config:
     table_2: bool = opt(True, "ask the choice questions again on clean pictures and at each level")
     levels: list[float] = opt([0.25, 0.5, 1.0], "intensities of Table 2 (0.23 0.45 0.9 in the published script)")
     batch: int = opt(64, "prompts at a time, in each process")
+    workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread does it")
     temperature: float = opt(0.0, "0: the likeliest token always; 1: sample")
     max_new_tokens: int = opt(128, "longest response")
     capture: bool = opt(False, "on a GPU: decoding steps are replayed as a CUDA graph; fewer launches, the same tokens up to rounding")
@@ -208,7 +209,7 @@ def respond(config: Config, model, processor: vlm.Processor, jobs: list[dict], p
         return list(new), processor.pixels([opened(*item) for item in new.items()]) if new else ()
 
     seen: dict[tuple, tuple] = {}                                                   # picture -> (3,) grid, features
-    for k, (new, pixels) in data.prefetch(load, range(len(batches))):
+    for k, (new, pixels) in data.prefetch(load, range(len(batches)), config.workers):
         if new:
             seen |= zip(new, zip(pixels[1], vlm.encode_images(model, *pixels)))
         seen = {key: seen[key] for job in batches[k] for key in pictures(job)}

@@ -38,6 +38,7 @@ class Config:
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("rl", "which share of the data: the paper's 75 percent for RL, its 25 for fine-tuning, or all", ["rl", "sft", "all"])
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
+    workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread does it")
     max_image_tokens: int = opt(0, "a record whose pictures take more tokens is bad: it would need too much memory; 0: any number")
     min_pixels: int = opt(0, "smaller pictures are enlarged to this many pixels; 0: the checkpoint's own")
     max_pixels: int = opt(0, "larger pictures are made smaller, to this many pixels at most; 0: the checkpoint's own")
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     runtime.needs_gpu(rt, capture=config.capture, flex=config.flex)
     if B % rt.world_size:
         raise SystemExit(f"--prompts {B} cannot be shared out evenly to {rt.world_size} processes: give a multiple of {rt.world_size}")
-    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker", "shard", "capture", "flex"}, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "workers", "tracker", "shard", "capture", "flex"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             return shard.forward(model, vlm.group_logps, prompts, responses, config.temperature, banned, flex=config.flex, **options)
 
     with runtime.Interrupt(rt) as interrupt:
-        for step, (chosen, seeds, batch) in data.prefetch(load, range(first, config.steps)):
+        for step, (chosen, seeds, batch) in data.prefetch(load, range(first, config.steps), config.workers):
             clock = [time.perf_counter()]
 
             # 1. roll out

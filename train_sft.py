@@ -33,6 +33,7 @@ class Config:
     plain: bool = opt(False, "no chains: the question alone is asked, and answered by the answer alone (Table 3, w/o Reasoning)")
     part: str = opt("sft", "which share of the data: the paper's 25 percent for fine-tuning, its 75 for RL, or all", ["sft", "rl", "all"])
     skip_bad: bool = opt(False, "leave out records that cannot be used, with a list in --out; otherwise one stops the run")
+    workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread does it")
     max_image_tokens: int = opt(0, "a record whose pictures take more tokens is bad: it would need too much memory; 0: any number")
     min_pixels: int = opt(0, "smaller pictures are enlarged to this many pixels; 0: the checkpoint's own")
     max_pixels: int = opt(0, "larger pictures are made smaller, to this many pixels at most; 0: the checkpoint's own")
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.shard and config.batch % rt.world_size:                               # all must make as many passes
         raise SystemExit(f"--batch {config.batch} cannot be shared out evenly to {rt.world_size} processes, as --shard needs: "
                          f"give a multiple of {rt.world_size}")
-    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "tracker", "shard"}, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, free={"save_every", "workers", "tracker", "shard"}, tracker=config.tracker)
     with runtime.main_first(rt):
         path = config.data or tiny.dataset("train")
     records = data.split(data.read(path, config.images, config.skip_bad), config.part)
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         return data.load_batch(chosen, processor, config.max_image_tokens, config.plain), [processor.response_ids(text) for text in texts]
 
     with runtime.Interrupt(rt) as interrupt:
-        for step, (batch, responses) in data.prefetch(load, range(first, config.steps)):
+        for step, (batch, responses) in data.prefetch(load, range(first, config.steps), config.workers):
             start = time.perf_counter()
             rate = config.lr * runtime.cosine_with_warmup(step, config.steps, config.warmup)
             for group in optimizer.param_groups:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from rr1 import runtime
@@ -151,9 +153,20 @@ def plain_answer(record: dict) -> str:
     return answer
 
 
-def prefetch(make: Callable[[int], Any], steps: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """(step, make(step)) in order; the next one is made in a thread while the last one is used. That thread computes alone: helpers of its
-    own would go on spinning for a while after each of its operations, on the cores that the training needs."""
+def prefetch(make: Callable[[int], Any], steps: Iterable[int], workers: int = 0) -> Iterator[tuple[int, Any]]:
+    """(step, make(step)) in order, made while earlier ones are used: the next one by a thread, or by `workers` processes two each.
+
+    The thread computes alone: helpers of its own would go on spinning for a while after each of its operations, on the cores that the
+    training needs. Processes (of a DataLoader, forked) are for pictures that take longer to read than a step takes to compute.
+    """
+    if workers:
+        made = DataLoader(_Steps(make), sampler=list(steps), batch_size=None, num_workers=workers, collate_fn=lambda item: item,
+                          multiprocessing_context="fork", worker_init_fn=lambda _: cv2.setNumThreads(1))
+        for step, result, error in made:
+            if error:
+                raise error
+            yield step, result
+        return
     with ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         ahead = None
         for step in steps:
@@ -163,3 +176,16 @@ def prefetch(make: Callable[[int], Any], steps: Iterable[int]) -> Iterator[tuple
             ahead = following
         if ahead:
             yield ahead[0], ahead[1].result()
+
+
+class _Steps(Dataset):
+    """What a worker process makes of a step; an error goes back as it is, for the message to stay whole."""
+
+    def __init__(self, make: Callable[[int], Any]):
+        self.make = make
+
+    def __getitem__(self, step: int) -> tuple[int, Any, Exception | None]:
+        try:
+            return step, self.make(step), None
+        except Exception as error:
+            return step, None, error

@@ -1,9 +1,11 @@
 """Records on disk: every form is read, errors name file and line, shares stay apart, every record comes once an epoch."""
 import json
+import os
 import threading
 import tracemalloc
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -325,7 +327,17 @@ def test_prefetch_makes_at_most_one_ahead():
     assert max(made) <= 3
 
 
-def test_prefetch_raises_where_the_step_is_due():
+def test_prefetch_by_processes_gives_the_same():
+    """In order, arrays and tensors as they were made, by other processes."""
+    make = lambda step: {"pid": os.getpid(), "tensor": torch.full((3,), step), "array": np.arange(step), "text": str(step)}
+    found = list(data.prefetch(make, range(3, 9), workers=2))
+    assert [step for step, _ in found] == list(range(3, 9)) and os.getpid() not in {item["pid"] for _, item in found}
+    for step, item in found:
+        assert torch.equal(item["tensor"], torch.full((3,), step)) and np.array_equal(item["array"], np.arange(step)) and item["text"] == str(step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prefetch_raises_where_the_step_is_due(workers):
     def make(step):
         if step == 2:
             raise data.DataError("train.jsonl:2: broken")
@@ -333,6 +345,6 @@ def test_prefetch_raises_where_the_step_is_due():
 
     seen = []
     with pytest.raises(data.DataError, match="train.jsonl:2"):
-        for step, _ in data.prefetch(make, range(5)):
+        for step, _ in data.prefetch(make, range(5), workers):
             seen.append(step)
     assert seen == [0, 1]

@@ -396,6 +396,11 @@ def assert_same_end(run: Run, whole: Run):
 
 
 @both
+def test_processes_that_read_ahead_change_nothing(lab, no_plots, script):
+    assert_same_end(lab.run(script, LONGER + " --workers 2"), lab.run(script, LONGER))
+
+
+@both
 def test_a_killed_run_goes_on_bit_for_bit(lab, killed, no_plots, script):
     whole, run = lab.run(script, LONGER), killed[script]
     arguments = lab.arguments(script, LONGER, run.out)
