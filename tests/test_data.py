@@ -335,6 +335,7 @@ def test_prefetch_by_processes_gives_the_same():
     cv2.GaussianBlur(large, (15, 15), 3)
 
     def make(step):
+        cv2.setNumThreads(1)                                        # which waits for ever for threads that were not forked
         return {"pid": os.getpid(), "tensor": torch.full((3,), step), "array": np.arange(step), "text": str(step), "blurred": cv2.GaussianBlur(large, (15, 15), 3)}
 
     found = list(data.prefetch(make, range(3, 9), workers=2))
