@@ -160,7 +160,7 @@ def prefetch(make: Callable[[int], Any], steps: Iterable[int], workers: int = 0)
     training needs. Processes (of a DataLoader, forked) are for pictures that take longer to read than a step takes to compute.
     """
     if workers:
-        cv2.setNumThreads(1)                                # its helper threads would be missing after the fork, and waited for
+        cv2.setNumThreads(1)                                # a worker that sets it would wait for threads that were not forked
         made = DataLoader(_Steps(make), sampler=list(steps), batch_size=None, num_workers=workers, collate_fn=lambda item: item,
                           multiprocessing_context="fork")
         for step, result, error in made:

@@ -105,7 +105,7 @@ def test_every_row_is_what_the_model_says_alone(finished, checkpoint):
                 assert row["truth_length"] == len(processor.tokenizer(row["true_response"])["input_ids"])
 
 
-def test_greedy_answers_do_not_depend_on_batch_or_seed(arguments, finished, tmp_path):
+def test_greedy_answers_do_not_depend_on_batch_seed_or_workers(arguments, finished, tmp_path):
     both = []
     for batch, seed, workers in (("5", "0", "0"), ("16", "1", "1")):
         evaluate.main([*arguments, "--models", arguments[2], "--no-table-2", "--temperature", "0", "--limit", "8", "--batch", batch,
