@@ -173,7 +173,8 @@ def embed(model, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 def scale_logits(logits: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> torch.Tensor:
     """(.., V) logits -> the logits of the policy in at least float32: banned ids impossible, divided by the temperature.
     Sampling and scoring both go through here, so that they speak of the same distribution."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits / temperature if temperature != 1 else logits
     return logits.index_fill(-1, torch.tensor(list(banned), device=logits.device), float("-inf")) if len(banned) else logits
 
 
@@ -184,8 +185,9 @@ def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, temperature:
     a chunk is thrown away and computed again in the backward pass."""
     def chunk(hidden: torch.Tensor, targets: torch.Tensor):
         logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)
-        p_log_p = logps.detach().exp() * logps.detach() if with_entropy else None  # 0 log 0 = 0: nan, which nansum leaves out
-        return logps.gather(-1, targets[:, None])[:, 0], -p_log_p.nansum(-1) if with_entropy else None
+        known = logps.detach()                                                      # 0 log 0 is 0 here: of banned ids 0 * -inf would be nan
+        entropy = -torch.linalg.vecdot(known.exp(), known.clamp(min=-1e4)) if with_entropy else None
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
 
     size = max(1, LOGITS_AT_ONCE // model.config.text_config.vocab_size)
     if len(hidden) <= size:
