@@ -154,7 +154,7 @@ def run_ours(folder: Path, c: dict, steps: int, counts: Counts) -> None:
         counts.phase = "update" if torch.is_grad_enabled() else "score"
         return group_logps(*args, **options)
 
-    def one_after_the_other(make, numbers):                     # no prefetching: a step pays for its own pictures
+    def one_after_the_other(make, numbers, workers):             # no prefetching: a step pays for its own pictures
         for number in numbers:
             wait_for_turn()
             counts.phase, start = "rollout", time.perf_counter()

@@ -1,5 +1,7 @@
 """The tables of bench/ from hand-made predictions, and the processes of two of them on next to nothing."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ from bench import learning, recovery, runs, stage_3, table_3
 from rr1 import metrics, tiny
 from rr1.chain import Chain, render
 from rr1.tiny import world
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---------------------------------------------------------------- bench/learning.py
@@ -215,3 +219,25 @@ def test_what_recovery_gains_by_hand():
         assert f"| {name} " in text and f"**{gain:+.3f} [{gain:+.3f}, {gain:+.3f}]**" in text
     assert [third["ssim"]["damaged"] for third in result["by_damage"].values()] == sorted(third["ssim"]["damaged"] for third in result["by_damage"].values())
     assert "| 300     |" in text and "30 held-out" in text
+
+
+# ---------------------------------------------------------------- bench/grpo.py
+
+def test_our_side_of_the_grpo_benchmark(tmp_path):
+    """One turn in a process of its own, as beside TRL: one picture and one prompt a group, and every count that the report asks for."""
+    from bench import grpo
+    small = grpo.CONFIGURATIONS["tiny"] | {"groups": 2, "G": 4, "new": 8, "layers": 2}
+    (tmp_path / "tiny").mkdir()
+    grpo.write_inputs(tmp_path / "tiny", small, 1)
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench import grpo; grpo.CONFIGURATIONS['tiny'] = {small!r}; "
+            f"grpo.main(['--worker', 'ours', '--configurations', 'tiny', '--rounds', '1', '--out', {str(tmp_path)!r}])")
+    done = subprocess.run([sys.executable, "-c", code], input="go\n", capture_output=True, text=True, timeout=300)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("STEP ")]
+    step = json.loads(line.removeprefix("STEP "))
+    counts, sizes = step["counts"], json.loads((tmp_path / "tiny" / "sizes.json").read_text())
+    assert counts["images preprocessed"] == counts["images through the vision tower"] == 2
+    assert counts["tokens projected, score"] == counts["tokens projected, update"] == 2 * 4 * 8
+    assert counts["tokens through the language model, rollout"] == counts["prompt tokens prefilled"] + 2 * 4 * 7
+    assert set(step["seconds"]) == {"step", *grpo.PHASES} and step["matrix_rate"] > 0
+    text = grpo.report("tiny", {"ours": [step], "peer": [step]}, sizes)
+    assert "| images preprocessed " in text and "| 1.00" in text and "GFLOP/s" in text
