@@ -5,8 +5,8 @@
     python bench/grpo.py --configurations photo photo-G4 photo-G16 --rounds 7
 
 Two processes stand side by side, one runs `train_grpo.main`, the other `trl.GRPOTrainer.train`. They take turns, step by step, so
-that whatever slows the machine slows both; the first turn of each warms up and does not count. Both sample the same number
-of new tokens (the end of turn is suppressed), both keep a reference (beta 0.04), freeze the vision tower and do one AdamW update.
+that whatever slows the machine slows both; ratios are medians over turns. The first turn of each warms up and does not count. Both
+sample the same number of new tokens (the end of turn is suppressed), both keep a reference (beta 0.04), freeze the vision tower and do one AdamW update.
 Counters on the model's own classes say what each computed. Memory is the peak of each process.
 """
 from __future__ import annotations
@@ -250,7 +250,8 @@ def operations(counts: dict, sizes: dict, phase: str | None = None) -> float:
 def report(name: str, steps: dict[str, list[dict]], sizes: dict) -> str:
     middle = lambda kind, key: statistics.median(step["seconds"][key] for step in steps[kind])
     last = {kind: found[-1] for kind, found in steps.items()}
-    rows = [[f"seconds, {key}", *(f"{middle(kind, key):.2f}" for kind in steps), f"{middle('peer', key) / middle('ours', key):.2f}"] for key in ("step", *PHASES)]
+    ratio = lambda key: statistics.median(peer["seconds"][key] / ours["seconds"][key] for ours, peer in zip(steps["ours"], steps["peer"]))
+    rows = [[f"seconds, {key}", *(f"{middle(kind, key):.2f}" for kind in steps), f"{ratio(key):.2f}"] for key in ("step", *PHASES)]
     rows.append(["peak memory, MiB", *(f"{last[kind]['peak_mib']:.0f}" for kind in steps), f"{last['peer']['peak_mib'] / last['ours']['peak_mib']:.2f}"])
     for key in sorted(last["peer"]["counts"].keys() | last["ours"]["counts"].keys()):
         ours, peer = (last[kind]["counts"].get(key, 0) for kind in ("ours", "peer"))
