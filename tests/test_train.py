@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import train_grpo
 import train_sft
-from rr1 import data, rollout, run_folder, tiny, vlm
+from rr1 import data, rollout, run_folder, runtime, tiny, vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": train_sft, "grpo": train_grpo}
@@ -255,7 +255,8 @@ FLAGS = {"sft": [
     ("", "--max-new-tokens 6", has(length=lambda a, b: b["length"] <= 6 < a["length"])),
 ]}
 ELSEWHERE = {"model", "data", "out", "steps", "resume", "images", "tracker", "gradient_checkpointing", "skip_bad", "max_image_tokens",
-             "shard"}  # other tests, or every run
+             "shard", "workers"}  # other tests, or every run
+ON_A_GPU = {"sft": set(), "grpo": {"capture", "flex"}}                # test_flags_for_a_gpu_reach_what_they_switch
 
 
 @pytest.mark.parametrize("script, base, flags, check", [(script, *row) for script in FLAGS for row in FLAGS[script]],
@@ -268,7 +269,27 @@ def test_every_flag_changes_something(lab, no_plots, script, base, flags, check)
 def test_no_flag_is_forgotten_above(script):
     seen = {word[2:].replace("-", "_") for row in FLAGS[script] for word in row[1].split() if word.startswith("--")}
     seen = {"scale_by_std" if name == "no_scale_by_std" else name for name in seen}
-    assert seen | ELSEWHERE == {f.name for f in fields(SCRIPTS[script].Config)}
+    assert seen | ELSEWHERE | ON_A_GPU[script] == {f.name for f in fields(SCRIPTS[script].Config)}
+
+
+def test_flags_for_a_gpu_reach_what_they_switch(lab, no_plots, monkeypatch):
+    """What they do there is in test_rollout.py and test_vlm.py."""
+    given, sample_group, group_logps = {"capture": [], "flex": []}, rollout.sample_group, vlm.group_logps
+
+    def sample(*args, capture, **options):
+        given["capture"].append(capture)
+        return sample_group(*args, **options)
+
+    def score(*args, flex, **options):
+        given["flex"].append(flex)
+        return group_logps(*args, **options)
+    monkeypatch.setattr(runtime, "needs_gpu", lambda rt, **flags: None)
+    monkeypatch.setattr(rollout, "sample_group", sample)
+    monkeypatch.setattr(vlm, "group_logps", score)
+    for flags, value in (("--steps 1 --capture --flex", True), ("--steps 1 --seed 3", False)):
+        lab.run("grpo", flags)
+        assert set(given["capture"]) == set(given["flex"]) == {value}
+        given["capture"].clear(), given["flex"].clear()
 
 
 @both
