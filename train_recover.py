@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.model and config.vae:
         raise SystemExit("--vae: the restorer of --model works where it was made to; give one of the two")
     torch.manual_seed(config.seed)                                                  # the same weights on all processes
-    config.side = config.side or (restorer.Restorer.from_pretrained(config.model).config["side"] if config.model else 32)
     with runtime.main_first(rt):
         model = restorer.for_pictures(config.side, config.vae, config.model)
+    config.side = model.config["side"]
     run = run_folder.RunFolder(config, rt, PANELS[config.stage], free={"save_every", "tracker"}, tracker=config.tracker)
     model = model.to(rt.device)
     {"sft": fine_tune, "grpo": reinforce}[config.stage](config, rt, run, model)

@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                   # the scripts are not part of the installed package
 
 from rr1 import runtime  # noqa: E402
-from rr1.tables import markdown  # noqa: E402
 from rr1.run_folder import to_json, write_text  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
+from rr1.tables import markdown  # noqa: E402
 
 PHOTO = {"width": 640, "height": 480, "text": 150, "new": 128, "groups": 1, "hidden": 256, "head": 64, "layers": 6, "vocab": 4096}
 CONFIGURATIONS = {

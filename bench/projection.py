@@ -19,8 +19,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rr1 import runtime  # noqa: E402
-from rr1.tables import markdown  # noqa: E402
 from rr1.runtime import opt  # noqa: E402
+from rr1.tables import markdown  # noqa: E402
 
 
 @dataclass

@@ -200,8 +200,8 @@ def report(scores: dict[str, dict[str, np.ndarray]], seeds: list[int], took: dic
     table = tables.markdown(["", *MEASURES.values(), "seconds"], lines)
     text = (f"{n} held-out damaged scenes. In brackets: the difference to stage I with its 95 % interval, paired by picture; **bold** where that is\n"
             f"clear of 0. R = SSIM + 0.2 R_sem is the reward of stage II. Read right: things whose shape and colour a reader of clean pictures names.\n\n{table}")
-    thirds, table = recovery.by_damage(scores["damaged"], scores["stage I"], {m: MEASURES[m] for m in ("psnr", "ssim", "read")})
-    text += f"\n\nStage I, by how damaged the pictures are:\n\n{table}"
+    thirds, parts = recovery.by_damage(scores["damaged"], scores["stage I"], {m: MEASURES[m] for m in ("psnr", "ssim", "read")})
+    text += f"\n\nStage I, by how damaged the pictures are:\n\n{parts}"
     as_dicts = lambda tree: {k: v._asdict() if isinstance(v, Estimate) else as_dicts(v) for k, v in tree.items()}
     return {"n": n, "now": as_dicts(now), "gain": as_dicts(gain), "stage_2_less_control": as_dicts(duel), "by_damage": thirds, "training_seconds": took}, text
 

@@ -21,9 +21,9 @@ from degrade import SUFFIXES, degrade, sample_degradations
 from rr1 import data, image_rewards, restorer, tiny
 from rr1.image_rewards import Distance
 from rr1.intervals import bootstrap, paired_difference
-from rr1.tables import cell, interval, markdown
 from rr1.records import resize
 from rr1.restorer import to_tensor, to_uint8
+from rr1.tables import cell, interval, markdown
 
 KEPT = 64                            # pairs of larger sides would make a file of more than a gigabyte: they are drawn when asked for
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem", "lpips": "LPIPS (less is better)"}

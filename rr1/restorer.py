@@ -132,28 +132,32 @@ class Restorer(nn.Module):
 
 # ---------------------------------------------------------------- pictures in, pictures out
 
-def autoencoder(name: str, function: str = "from_pretrained", **options):
-    """AutoencoderKL of diffusers, by folder or hub id: the model, weights only as safetensors, or with "load_config" its configuration."""
+def autoencoder(name: str, config_only: bool = False):
+    """A frozen AutoencoderKL of diffusers by folder or hub id, weights only as safetensors; or its configuration, a dict."""
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise SystemExit("a restorer in the latents of an autoencoder asks for diffusers: pip install diffusers, or leave --vae out for pixels") from error
     try:
-        return getattr(AutoencoderKL, function)(name, **options)
+        if config_only:
+            return AutoencoderKL.load_config(name)
+        return AutoencoderKL.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{name}: not the folder or hub id of an AutoencoderKL (--vae when the restorer was made): {error}") from error
 
 
-def for_pictures(side: int, vae: str = "", folder: str = "") -> Restorer:
-    """A restorer of pictures side x side: a new one, in pixels or in an autoencoder's latents, or one from a folder. It is made of
-    convolutions, so its weights fit any side; the coarsest scale's attention then sees more places than it was taught on."""
+def for_pictures(side: int | None = None, vae: str = "", folder: str = "") -> Restorer:
+    """A restorer of pictures side x side: a new one (default 32), in pixels or in an autoencoder's latents, or one from a folder (default: its
+    own side). It is made of convolutions, so its weights fit any side; the coarsest scale's attention then sees more places than it was taught on."""
     model = Restorer.from_pretrained(folder) if folder else None
-    vae = model.config["vae"] if folder else vae
-    config = autoencoder(vae, "load_config") if vae else {"latent_channels": 3, "block_out_channels": [0]}
-    halvings = 3 + len(config["block_out_channels"]) - 1
+    side, vae = (side or model.config["side"], model.config["vae"]) if model else (side or 32, vae)
+    channels, halvings = 3, 3
+    if vae:
+        config = autoencoder(vae, config_only=True)
+        channels, halvings = config["latent_channels"], halvings + len(config["block_out_channels"]) - 1
     if side % 2**halvings:
         raise SystemExit(f"--side {side}: pictures are halved {halvings} times{', by the autoencoder too' if vae else ''}; give a multiple of {2**halvings}")
-    model = model or Restorer(config["latent_channels"], side=side, vae=vae)
+    model = model or Restorer(channels, side=side, vae=vae)
     model.config["side"] = side
     return model
 
@@ -162,7 +166,7 @@ def codec(model: Restorer):
     """(encode, decode) between pictures and z: 2 x - 1 and back, or through the model's autoencoder, which is loaded here."""
     if not model.config["vae"]:
         return (lambda pictures: 2 * pictures - 1), (lambda z: (z + 1) / 2)
-    vae = autoencoder(model.config["vae"], use_safetensors=True).eval().requires_grad_(False).to(next(model.parameters()).device)
+    vae = autoencoder(model.config["vae"]).to(next(model.parameters()).device)
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     encode = lambda pictures: (vae.encode(2 * pictures - 1).latent_dist.mode() - shift) * scale
     return torch.no_grad()(encode), torch.no_grad()(lambda z: (vae.decode(z / scale + shift).sample + 1) / 2)

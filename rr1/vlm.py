@@ -185,9 +185,8 @@ def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, temperature:
     a chunk is thrown away and computed again in the backward pass."""
     def chunk(hidden: torch.Tensor, targets: torch.Tensor):
         logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)
-        known = logps.detach()                                                      # 0 log 0 is 0 here: of banned ids 0 * -inf would be nan
-        entropy = -torch.linalg.vecdot(known.exp(), known.clamp(min=-1e4)) if with_entropy else None
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
+        p_log_p = logps.detach().exp() * logps.detach() if with_entropy else None  # 0 log 0 = 0: nan, which nansum leaves out
+        return logps.gather(-1, targets[:, None])[:, 0], -p_log_p.nansum(-1) if with_entropy else None
 
     size = max(1, LOGITS_AT_ONCE // model.config.text_config.vocab_size)
     if len(hidden) <= size:
