@@ -25,12 +25,13 @@ class Branches:
     P: int
     row: torch.Tensor                # (R,) the row that a response is in
     own: torch.Tensor                # (R, L) its columns, counted through all rows, (B N)
-    mask: torch.Tensor               # (R, 1, L, P + L) added to the scores of prompt and response: 0 or -inf
+    mask: torch.Tensor               # (R, 1, S L, P + L) added to the scores of prompt and response: 0 or -inf; S heads share keys
     place: torch.Tensor              # (B, N) where a column's result is among those of prompts, (B P), then responses, (R L)
 
     @classmethod
-    def of(cls, prompts: Sequence[int], starts: Sequence[tuple[int, int]], lengths: Sequence[int], rows: torch.Tensor) -> "Branches":
-        """From the lengths of B prompts, (row, first column) and length of each response, and the rows themselves, (B, N, H)."""
+    def of(cls, prompts: Sequence[int], starts: Sequence[tuple[int, int]], lengths: Sequence[int], rows: torch.Tensor, share: int) -> "Branches":
+        """From the lengths of B prompts, (row, first column) and length of each response, the rows themselves, (B, N, H), and how many heads
+        share keys."""
         (B, N, _), P, L, device = rows.shape, max(prompts), max(lengths), rows.device
         row, first = torch.tensor(starts).T
         inside = torch.arange(L) < torch.tensor(lengths)[:, None]                   # (R, L)
@@ -41,7 +42,7 @@ class Branches:
         place[own[inside]] = (B * P + torch.arange(len(starts) * L)).view(-1, L)[inside]
         hidden = torch.cat([(torch.arange(P) >= torch.tensor(prompts)[row][:, None])[:, None].expand(-1, L, -1),
                             torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(starts), L, L)], 2)
-        mask = torch.zeros(hidden.shape, dtype=rows.dtype).masked_fill_(hidden, float("-inf"))[:, None]
+        mask = torch.zeros(hidden.shape, dtype=rows.dtype).masked_fill_(hidden, float("-inf")).repeat(1, share, 1)[:, None]
         return cls(P, *(x.to(device) for x in (row, own, mask, place.view(B, N))))
 
 
@@ -79,7 +80,7 @@ def branch_attention(module, query: torch.Tensor, key: torch.Tensor, value: torc
     own = lambda x: x.transpose(1, 2).flatten(0, 1)[b.own].transpose(1, 2)                                    # (R, heads, L, head size)
     seen = lambda x: torch.cat([x[:, :, :b.P][b.row], own(x)], 2)                                             # (R, heads, P + L, head size)
     back = F.scaled_dot_product_attention(own(query).reshape(R, shared, share * L, -1), seen(key), seen(value),
-                                          attn_mask=b.mask.repeat(1, 1, share, 1), scale=scaling).view(R, heads, L, -1)
+                                          attn_mask=b.mask, scale=scaling).view(R, heads, L, -1)
     return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (front, back)])[b.place], None
 
 

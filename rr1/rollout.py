@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from rr1.vlm import Prompt, embed, scale_logits
 
+FEW_ROWS = 8                         # see `project`; from 12 on it gains nothing
 SHRINK_AT = 0.75                     # what has ended leaves the batch once the batch without it is smaller than this share
 
 
@@ -53,6 +54,16 @@ class Columns(DynamicLayer):
         return self.prefilled
 
 
+def project(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """layer(x) of new tokens x (B, q, ..). Few rows on a CPU go through as W x^T in place of x W^T: the same sums in about a quarter less
+    time (docs/benchmarks.md), perhaps because the library then packs the few rows and not the weights."""
+    if x.device.type != "cpu" or x.shape[0] * x.shape[1] > FEW_ROWS:
+        return layer(x)
+    columns = x.flatten(0, 1).T
+    out = layer.weight @ columns if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, columns)
+    return out.T.reshape(*x.shape[:2], -1)
+
+
 def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor, at: torch.Tensor, cache: Cache) -> torch.Tensor:
     """The language model on new tokens: embeddings x (B, q, H), all q of a group at one position (B,) -> hidden states (B, q, H).
     visible (B, q, n): which of the first n columns each may look at; at (q,): the columns that its keys and values are written to.
@@ -70,13 +81,14 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
     norm = lambda layer, x: F.rms_norm(x, (H,), layer.weight, layer.variance_epsilon)
     for layer, columns in zip(text.layers, cache.layers):
         attention, h = layer.self_attn, norm(layer.input_layernorm, x)
-        queries, keys, values = (project(h).view(B, q, -1, attention.head_dim) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        columns.write(turn(keys).transpose(1, 2), values.transpose(1, 2), at)
+        queries, keys, values = (project(part, h).view(B, q, -1, attention.head_dim) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        queries, keys = turn(torch.cat([queries, keys], 2)).transpose(1, 2).split([heads, shared], 1)          # (B, heads or shared heads, q, ..)
+        columns.write(keys, values.transpose(1, 2), at)
         keys, values = (buffer[:, :, :visible.shape[-1]] for buffer in (columns.keys, columns.values))
-        queries = turn(queries).transpose(1, 2).reshape(B, shared, heads // shared * q, -1)
-        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        x = x + attention.o_proj(seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
-        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+        seen = F.scaled_dot_product_attention(queries.reshape(B, shared, heads // shared * q, -1), keys, values, attn_mask=mask)
+        x = x + project(attention.o_proj, seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
+        h, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
+        x = x + mlp.down_proj(mlp.act_fn(project(mlp.gate_proj, h)) * project(mlp.up_proj, h))
     return norm(text.norm, x)
 
 
@@ -173,7 +185,7 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
         token = pick(logps.flatten(0, 1), u[group[:, None], who, t].flatten()).view(who.shape)
         b, g = group[:, None].expand_as(who)[writing], who[writing]
         tokens[b, g, t] = token[writing]
-        chosen_logps[b, g, t] = logps[writing].gather(-1, token[writing][:, None])[:, 0]
+        chosen_logps[b, g, t] = logps.gather(-1, token[..., None])[..., 0][writing]
         writing = writing & (token != end_id)
         left = writing.sum(1)
         q = int(left.max())

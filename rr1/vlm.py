@@ -173,9 +173,9 @@ def embed(model, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 def scale_logits(logits: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> torch.Tensor:
     """(.., V) logits -> the logits of the policy in at least float32: banned ids impossible, divided by the temperature.
     Sampling and scoring both go through here, so that they speak of the same distribution."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits / temperature if temperature != 1 else logits
-    return logits.index_fill(-1, torch.tensor(list(banned), device=logits.device), float("-inf")) if len(banned) else logits
+    penalty = torch.zeros(logits.shape[-1], dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    penalty[list(banned)] = float("-inf")
+    return torch.add(penalty, logits, alpha=1 / temperature)                       # all in one pass, and none in the backward pass at T = 1
 
 
 def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = (),
@@ -185,7 +185,7 @@ def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, temperature:
     a chunk is thrown away and computed again in the backward pass."""
     def chunk(hidden: torch.Tensor, targets: torch.Tensor):
         logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)
-        p_log_p = logps.detach().exp() * logps.detach() if with_entropy else None  # 0 log 0 = 0: nan, which nansum leaves out
+        p_log_p = logps.detach().exp().mul_(logps.detach()) if with_entropy else None  # 0 log 0 = 0: nan, which nansum leaves out
         return logps.gather(-1, targets[:, None])[:, 0], -p_log_p.nansum(-1) if with_entropy else None
 
     size = max(1, LOGITS_AT_ONCE // model.config.text_config.vocab_size)
@@ -236,8 +236,9 @@ def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[S
     attention = None                                                                # one response a row: plain causal attention
     if any(len(group) > 1 for group in responses):
         model.model.language_model.config._attn_implementation = "branches"
-        make = block_mask if flex else Branches.of
-        attention = {"full_attention": make([len(p.ids) for p in prompts], starts, lengths, embeddings)}
+        packed, text = ([len(p.ids) for p in prompts], starts, lengths, embeddings), model.config.text_config
+        heads_a_key = text.num_attention_heads // text.num_key_value_heads
+        attention = {"full_attention": block_mask(*packed) if flex else Branches.of(*packed, heads_a_key)}
     hidden = model.model.language_model(inputs_embeds=embeddings, attention_mask=attention, position_ids=position_ids,
                                         use_cache=False).last_hidden_state          # (B, N, H)
     row_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([sum(map(len, g)) for g in responses]))
