@@ -6,13 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig
 
-from bench import learning, recovery, runs, stage_3, table_3
+from bench import gpu, learning, recovery, runs, stage_3, table_3
 from rr1 import metrics, tiny
 from rr1.chain import Chain, render
 from rr1.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "qwen2.5-vl-3b"
 
 
 # ---------------------------------------------------------------- bench/learning.py
@@ -241,3 +245,55 @@ def test_our_side_of_the_grpo_benchmark(tmp_path):
     assert set(step["seconds"]) == {"step", *grpo.PHASES} and step["matrix_rate"] > 0
     text = grpo.report("tiny", {"ours": [step], "peer": [step]}, sizes)
     assert "| images preprocessed " in text and "| 1.00" in text and "GFLOP/s" in text
+
+
+# ---------------------------------------------------------------- bench/gpu.py
+
+def test_the_sizes_of_the_3b_model_are_those_of_its_checkpoint():
+    if not REAL.is_dir():
+        pytest.skip("needs the published config.json of Qwen2.5-VL-3B")
+    published, ours = Qwen2_5_VLConfig.from_pretrained(REAL).to_dict(), Qwen2_5_VLConfig(**gpu.QWEN_3B).to_dict()
+    for part in ("text_config", "vision_config"):
+        assert {name: ours[part].get(name) for name in gpu.QWEN_3B[part]} == {name: published[part].get(name) for name in gpu.QWEN_3B[part]}
+        assert published[part].keys() - {"architectures", "transformers_version"} <= ours[part].keys()
+        assert not {name: (value, ours[part][name]) for name, value in published[part].items()
+                    if value != ours[part][name] and name in ("hidden_act", "layer_types", "temporal_patch_size", "in_channels", "use_sliding_window")}
+    assert all(ours[name] == published[name] for name in gpu.QWEN_3B if not name.endswith("_config"))
+
+
+def test_operations_of_an_update_are_those_that_pytorch_counts():
+    """Of the weights: a forward pass of one packed row, without attention, whose blocks PyTorch counts whole."""
+    policy, *_ = gpu.make_models("tiny", torch.device("cpu"))
+    (prompt,), G, L = gpu.make_prompts(policy, (112, 112), 1), 3, 5
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        gpu.vlm.group_logps(policy, [prompt], [[[400] * L] * G])
+    counted = sum(n for operator, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(operator))
+    text, P = policy.config.text_config, len(prompt.ids)
+    pairs = sum(range(1, P + 1)) + G * sum(range(P + 1, P + L + 1))
+    assert gpu.update_operations(text, P, G, L) == 3 * (counted + text.num_hidden_layers * 4 * text.hidden_size * pairs)
+
+
+def test_gpu_stops_at_the_first_size_that_does_not_fit(tmp_path, monkeypatch, capsys):
+    real, tried = gpu.step, []
+
+    def step(models, rt, new_tokens, **case):
+        tried.append((case["G"], case["picture"]))
+        if case["G"] > 100 or case["picture"][0] > 4000:
+            raise torch.OutOfMemoryError
+        return real(models, rt, new_tokens, **case | {"G": 2, "picture": (112, 112)})
+    monkeypatch.setattr(gpu, "step", step)
+    gpu.main(["--sizes", "tiny", "--new-tokens", "2", "--rounds", "1", "--parts", "modes", "largest", "--out", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert text in capsys.readouterr().out and (8, (640, 480)) == tried[0] and tried.count(tried[0]) == 2 * 3
+    assert [case for case in tried if case != tried[0]] == [(64, (640, 480)), (128, (640, 480)), (8, (2560, 1920)), (8, (3840, 2880)), (8, (5120, 3840))]
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "does not fit" in lines["G 128"] and "does not fit" in lines["5120 x 3840"] and "does not fit" not in lines["G 64"]
+    assert "G 256" not in lines and "--capture" not in lines and "without sharing" in lines
+    with pytest.raises(SystemExit, match="--parts nothing: unknown"):
+        gpu.main(["--parts", "nothing"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_3b_sizes_ask_for_a_gpu():
+    with pytest.raises(SystemExit, match="this needs a GPU"):
+        gpu.main([])
