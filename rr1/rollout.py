@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from rr1.vlm import Prompt, embed, scale_logits
 
-FEW_ROWS = 8                         # see `project`; from 12 on it gains nothing
+FEW_ROWS = 8                         # see `feed_forward`; with 12 there is nothing to gain
 SHRINK_AT = 0.75                     # what has ended leaves the batch once the batch without it is smaller than this share
 
 
@@ -54,14 +54,14 @@ class Columns(DynamicLayer):
         return self.prefilled
 
 
-def project(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """layer(x) of new tokens x (B, q, ..). Few rows on a CPU go through as W x^T in place of x W^T: the same sums in about a quarter less
-    time (docs/benchmarks.md), perhaps because the library then packs the few rows and not the weights."""
+def feed_forward(mlp, x: torch.Tensor) -> torch.Tensor:
+    """mlp(x) of new tokens x (B, q, H). Few rows on a CPU are the second operand of the products, W x^T in place of x W^T: the same sums in
+    about three quarters of the time (docs/benchmarks.md)."""
     if x.device.type != "cpu" or x.shape[0] * x.shape[1] > FEW_ROWS:
-        return layer(x)
+        return mlp(x)
     columns = x.flatten(0, 1).T
-    out = layer.weight @ columns if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, columns)
-    return out.T.reshape(*x.shape[:2], -1)
+    inner = mlp.act_fn(mlp.gate_proj.weight @ columns) * (mlp.up_proj.weight @ columns)
+    return mlp.down_proj(inner.T.contiguous()).view_as(x)
 
 
 def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor, at: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -76,19 +76,18 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
     angle = position[:, None, None, None].float() * text.rotary_emb.inv_freq.float()                           # (B, 1, 1, half a head)
     cos, sin = ((f(angle) * text.rotary_emb.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    turn = lambda x: torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    turn = lambda x: torch.addcmul(x * cos, torch.cat(x.chunk(2, -1)[::-1], -1), sin)
     mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, heads // shared, 1)
     norm = lambda layer, x: F.rms_norm(x, (H,), layer.weight, layer.variance_epsilon)
     for layer, columns in zip(text.layers, cache.layers):
         attention, h = layer.self_attn, norm(layer.input_layernorm, x)
-        queries, keys, values = (project(part, h).view(B, q, -1, attention.head_dim) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        queries, keys, values = (project(h).view(B, q, -1, attention.head_dim) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
         queries, keys = turn(torch.cat([queries, keys], 2)).transpose(1, 2).split([heads, shared], 1)          # (B, heads or shared heads, q, ..)
         columns.write(keys, values.transpose(1, 2), at)
         keys, values = (buffer[:, :, :visible.shape[-1]] for buffer in (columns.keys, columns.values))
         seen = F.scaled_dot_product_attention(queries.reshape(B, shared, heads // shared * q, -1), keys, values, attn_mask=mask)
-        x = x + project(attention.o_proj, seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
-        h, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
-        x = x + mlp.down_proj(mlp.act_fn(project(mlp.gate_proj, h)) * project(mlp.up_proj, h))
+        x = x + attention.o_proj(seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
+        x = x + feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x))
     return norm(text.norm, x)
 
 
