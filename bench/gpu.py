@@ -1,18 +1,18 @@
 """What does a GRPO step cost on one GPU: by what is switched on, by G, by pixels, and what is the largest that fits?
 
     python bench/gpu.py                                  # the sizes of Qwen2.5-VL-3B, random weights; needs some 80 GB
-    python bench/gpu.py --parts pictures --rounds 1      # one of the tables alone
+    python bench/gpu.py --parts pictures --out runs/p    # one of the tables alone
     python bench/gpu.py --sizes tiny --new-tokens 16     # anywhere, to see that it works
 
 One group a step, as `train_grpo.py` does it: float32 weights, bfloat16 passes, a reference, AdamW, the layers' activations computed again.
 Every response has the same number of tokens (the end of turn is banned). The first step of each case warms up and does not count;
-medians of the others. Written after every case: runs/bench-gpu/report.md and report.json.
+medians of the others. "Without sharing" is this code with sharing off: pictures, prompts and rows G times, sampling as it is.
+Written after every case: runs/bench-gpu/report.md and report.json.
 """
 from __future__ import annotations
 
 import copy
 import gc
-import resource
 import statistics
 import sys
 import time
@@ -39,21 +39,22 @@ QWEN_3B = {"tie_word_embeddings": True, "image_token_id": 151655, "video_token_i
                              "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}}
 TEXT = 150                                                      # tokens of the prompt beside the picture's
 BASE = {"G": 8, "picture": (640, 480), "checkpointing": True}
-PARTS = {"modes": {"as it is": {}, "without sharing": {"shared": False}, "--capture": {"capture": True}, "--flex": {"flex": True},
-                   "--capture --flex": {"capture": True, "flex": True}, "no --gradient-checkpointing": {"checkpointing": False}},
-         "groups": {f"G {G}": {"G": G} for G in (2, 4, 8, 16, 32)},
+MODES = {"modes": {"as it is": {}, "without sharing": {"shared": False}, "--capture": {"capture": True}, "--flex": {"flex": True},
+                   "--capture --flex": {"capture": True, "flex": True}, "no --gradient-checkpointing": {"checkpointing": False}}}
+PARTS = {"groups": {f"G {G}": {"G": G} for G in (2, 4, 8, 16, 32)},
          "pictures": {f"{w} x {h}": {"picture": (w, h)} for w, h in ((320, 240), (640, 480), (1280, 960), (1920, 1440))},
          "largest": {**{f"G {G}": {"G": G} for G in (64, 128, 256, 512)},
-                     **{f"{w} x {h}": {"picture": (w, h)} for w, h in ((2560, 1920), (3840, 2880), (5120, 3840))}}}
+                     **{f"{w} x {h}": {"picture": (w, h)} for w, h in ((2560, 1920), (3840, 2880), (5120, 3840))}},
+         **MODES}
 
 
 @dataclass
 class Config:
-    parts: list[str] = opt(list(PARTS), "tables: what is switched on; by G; by pixels; larger ones, until one does not fit")
+    parts: list[str] = opt(list(PARTS), "tables: by G; by pixels; larger ones, until one does not fit; by what is switched on")
     sizes: str = opt("3b", "of the model: Qwen2.5-VL-3B's, or the tiny one's", ["3b", "tiny"])
     new_tokens: int = opt(256, "of each response")
     rounds: int = opt(3, "steps of each case that count")
-    peak: float = opt(989.0, "TFLOP/s that the utilisation is a share of: dense bfloat16 of an H100 SXM or H200, by NVIDIA's data sheets")
+    tflops: float = opt(989.0, "that the utilisation is a share of: dense bfloat16 of an H100 SXM or H200, by NVIDIA's data sheets")
     out: str = opt("runs/bench-gpu", "folder for the report")
 
 
@@ -65,17 +66,21 @@ def make_models(sizes: str, device: torch.device):
         policy = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
     vlm.freeze_vision(policy)
     visual = policy.model.visual
-    reference = copy.deepcopy(policy, {id(visual): visual}).requires_grad_(False)
+    reference = copy.deepcopy(policy, {id(visual): visual}).requires_grad_(False).eval()
     return policy, reference, runtime.build_optimizer(policy, 1e-6, 0.0)
 
 
-def make_prompts(policy, size: tuple[int, int], copies: int) -> list[vlm.Prompt]:
-    """A picture of noise and TEXT tokens, `copies` times through the tower."""
+def make_picture(policy, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches of noise, on the model's device, and their (1, 3) grid."""
     unit, vision = policy.config.vision_config.spatial_merge_size, policy.config.vision_config
     width, height = (round(side / vision.patch_size / unit) * unit for side in size)
-    grid = torch.tensor([[1, height, width]])
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(height * width, vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2, generator=generator)
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    return torch.randn(height * width, values, device=policy.device), torch.tensor([[1, height, width]])
+
+
+def make_prompts(policy, picture: tuple[torch.Tensor, torch.Tensor], copies: int) -> list[vlm.Prompt]:
+    """The picture and TEXT tokens, `copies` times through the tower."""
+    (patches, grid), generator = picture, torch.Generator().manual_seed(0)
     features = vlm.encode_images(policy, patches.repeat(copies, 1), grid.repeat(copies, 1))
     text = torch.randint(300, 600, (TEXT,), generator=generator).tolist()
     ids = text[:10] + [policy.config.image_token_id] * len(features[0]) + text[10:]
@@ -93,7 +98,7 @@ def step(models, rt: runtime.Runtime, new_tokens: int, G: int, picture: tuple[in
     copies, each = (1, G) if shared else (G, 1)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    clock = []
+    clock, seen = [], make_picture(policy, picture)
 
     def lap():
         if cuda:
@@ -102,13 +107,13 @@ def step(models, rt: runtime.Runtime, new_tokens: int, G: int, picture: tuple[in
 
     def score(model, **options):
         with rt.autocast():
-            given = prompts if shared else make_prompts(policy, picture, copies)
+            given = prompts if shared else make_prompts(policy, seen, copies)
             return vlm.group_logps(model, given, responses, banned=banned, flex=flex, **options)
 
     lap()
     policy.eval()
     with rt.autocast():
-        prompts = make_prompts(policy, picture, copies)
+        prompts = make_prompts(policy, seen, copies)
         rollouts = rollout.sample_group(policy, prompts, each, range(copies), end_id=banned[0], banned=banned, max_new_tokens=new_tokens, capture=capture)
     responses = [[r.ids for r in group] for group in rollouts]
     lap()
@@ -123,7 +128,7 @@ def step(models, rt: runtime.Runtime, new_tokens: int, G: int, picture: tuple[in
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     lap()
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
     seconds = dict(zip(("rollout", "score", "update"), (b - a for a, b in zip(clock, clock[1:]))))
     return seconds | {"step": clock[-1] - clock[0], "peak": peak / 1e9, "prompt": len(prompts[0].ids)}
 
@@ -138,30 +143,32 @@ def update_operations(text, P: int, G: int, L: int) -> float:
 
 
 def measure(models, rt: runtime.Runtime, config: Config, case: dict, rounds: int) -> dict | None:
-    """Medians over that many steps of a case, after one that warms up; of 0 that one. None where it does not fit into memory."""
+    """Medians over that many steps of a case, after one that warms up; "useful" is the share of --tflops that the operations of a packed row
+    make. None where it does not fit into memory, {"error": ..} where it fails."""
     case, found = BASE | case, []
     try:
         for _ in range(rounds + 1):
             found.append(step(models, rt, config.new_tokens, **case))
     except torch.OutOfMemoryError:
-        models[2].zero_grad(set_to_none=True)
         return None
+    except Exception as error:                                  # the other cases are worth having
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     finally:
+        models[2].zero_grad(set_to_none=True)
         gc.collect()
         if rt.device.type == "cuda":
             torch.cuda.empty_cache()
-    counted = found[1:] or found
-    middle = {key: statistics.median(one[key] for one in counted) for key in counted[0]} | {"peak": max(one["peak"] for one in found)}
+    middle = {key: statistics.median(one[key] for one in found[1:]) for key in found[0]} | {"peak": max(one["peak"] for one in found)}
     operations = update_operations(models[0].config.text_config, middle["prompt"], case["G"], config.new_tokens)
-    return middle | {"tokens_per_second": case["G"] * config.new_tokens / middle["rollout"], "utilisation": operations / middle["update"] / (config.peak * 1e12)}
+    return middle | {"tokens_per_second": case["G"] * config.new_tokens / middle["rollout"], "useful": operations / middle["update"] / (config.tflops * 1e12)}
 
 
 def table(found: dict[str, dict | None]) -> str:
     rows = []
     for name, one in found.items():
-        cells = ["does not fit"] + [""] * 7 if one is None else [
+        cells = ["does not fit"] + [""] * 7 if one is None else [one["error"]] + [""] * 7 if "error" in one else [
             f"{one['prompt']:.0f}", *(f"{one[key]:.2f}" for key in ("step", "rollout", "score", "update")), f"{one['tokens_per_second']:.0f}",
-            f"{one['utilisation']:.0%}", f"{one['peak']:.1f}"]
+            f"{one['useful']:.0%}", f"{one['peak']:.1f}" if one["peak"] else "-"]
         rows.append([name, *cells])
     return markdown(["", "prompt tokens", "s a step", "rollout", "score", "update", "tokens/s sampled", "MFU, update", "peak, GB"], rows)
 
@@ -170,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
     if unknown := [part for part in config.parts if part not in PARTS]:
         raise SystemExit(f"--parts {' '.join(unknown)}: unknown; there are {', '.join(PARTS)}")
+    if config.rounds < 1:
+        raise SystemExit(f"--rounds {config.rounds}: give at least 1")
     rt = runtime.setup(0)
     if config.sizes == "3b":
         runtime.needs_gpu(rt, **{"sizes 3b": True})
@@ -184,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str(name)
             if too_large & case.keys() or rt.device.type != "cuda" and case.keys() & {"capture", "flex"}:
                 continue                                        # a smaller one did not fit, or this needs a GPU
-            found[part][name] = measure(models, rt, config, case, 0 if part == "largest" else config.rounds)
+            found[part][name] = measure(models, rt, config, case, 1 if part == "largest" else config.rounds)
             if found[part][name] is None:
                 too_large |= case.keys() & {"G", "picture"}
             write_text(out / "report.md", "\n\n".join([head, *(f"**{p}**\n\n{table(rows)}" for p, rows in found.items())]) + "\n")

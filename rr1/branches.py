@@ -41,9 +41,10 @@ class Branches:
             place[b * N:b * N + n] = b * P + torch.arange(n)
         place[own[inside]] = (B * P + torch.arange(len(starts) * L)).view(-1, L)[inside]
         hidden = torch.cat([(torch.arange(P) >= torch.tensor(prompts)[row][:, None])[:, None].expand(-1, L, -1),
-                            torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(starts), L, L)], 2)
-        mask = torch.zeros(hidden.shape, dtype=rows.dtype).masked_fill_(hidden, float("-inf")).repeat(1, share, 1)[:, None]
-        return cls(P, *(x.to(device) for x in (row, own, mask, place.view(B, N))))
+                            torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(starts), L, L)], 2).to(device)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else rows.dtype
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf")).repeat(1, share, 1)[:, None]
+        return cls(P, row.to(device), own.to(device), mask, place.view(B, N).to(device))
 
 
 def block_mask(prompts: Sequence[int], starts: Sequence[tuple[int, int]], lengths: Sequence[int], rows: torch.Tensor) -> BlockMask:
@@ -80,7 +81,7 @@ def branch_attention(module, query: torch.Tensor, key: torch.Tensor, value: torc
     own = lambda x: x.transpose(1, 2).flatten(0, 1)[b.own].transpose(1, 2)                                    # (R, heads, L, head size)
     seen = lambda x: torch.cat([x[:, :, :b.P][b.row], own(x)], 2)                                             # (R, heads, P + L, head size)
     back = F.scaled_dot_product_attention(own(query).reshape(R, shared, share * L, -1), seen(key), seen(value),
-                                          attn_mask=b.mask, scale=scaling).view(R, heads, L, -1)
+                                          attn_mask=b.mask, scale=scaling).reshape(R, heads, L, -1)
     return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (front, back)])[b.place], None
 
 

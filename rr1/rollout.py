@@ -56,7 +56,7 @@ class Columns(DynamicLayer):
 
 def feed_forward(mlp, x: torch.Tensor) -> torch.Tensor:
     """mlp(x) of new tokens x (B, q, H). Few rows on a CPU are the second operand of the products, W x^T in place of x W^T: the same sums in
-    about three quarters of the time (docs/benchmarks.md)."""
+    less time (docs/benchmarks.md)."""
     if x.device.type != "cpu" or x.shape[0] * x.shape[1] > FEW_ROWS:
         return mlp(x)
     columns = x.flatten(0, 1).T
@@ -77,7 +77,7 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
     cos, sin = ((f(angle) * text.rotary_emb.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     turn = lambda x: torch.addcmul(x * cos, torch.cat(x.chunk(2, -1)[::-1], -1), sin)
-    mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, heads // shared, 1)
+    mask = torch.zeros_like(visible, dtype=cache.layers[0].keys.dtype).masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, heads // shared, 1)
     norm = lambda layer, x: F.rms_norm(x, (H,), layer.weight, layer.variance_epsilon)
     for layer, columns in zip(text.layers, cache.layers):
         attention, h = layer.self_attn, norm(layer.input_layernorm, x)
@@ -86,7 +86,7 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
         columns.write(keys, values.transpose(1, 2), at)
         keys, values = (buffer[:, :, :visible.shape[-1]] for buffer in (columns.keys, columns.values))
         seen = F.scaled_dot_product_attention(queries.reshape(B, shared, heads // shared * q, -1), keys, values, attn_mask=mask)
-        x = x + attention.o_proj(seen.view(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
+        x = x + attention.o_proj(seen.reshape(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
         x = x + feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x))
     return norm(text.norm, x)
 

@@ -64,6 +64,7 @@ def setup(seed: int | None = None) -> Runtime:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)      # it makes a plan for every new shape, and each decoding step has one
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG: where torchrun is killed, no orphan trains on
     if world_size > 1 and not dist.is_initialized():
@@ -166,12 +167,12 @@ def seed_everything(seed: int) -> None:
 
 def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float,
                     betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
-    """AdamW on what is trainable, with weight decay on matrices and none on biases and norms."""
+    """AdamW on what is trainable, with weight decay on matrices and none on biases and norms; fused: without temporaries as large as the model."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
     return torch.optim.AdamW([{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-                              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}], lr=lr, betas=betas)
+                              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
 
 
 def cosine_with_warmup(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:

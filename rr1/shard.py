@@ -164,5 +164,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, 
         with safe_open(file, "pt") as tensors:
             for path in tensors.keys():
                 name, key = path.rsplit("/", 1)
-                p, tensor = parameters[name], tensors.get_tensor(path)  # copied, as the file will be deleted; step counts stay on the CPU
-                optimizer.state[p][key] = fill(torch.zeros_like(p, dtype=tensor.dtype), tensor) if tensor.ndim else tensor.clone()
+                p, tensor = parameters[name], tensors.get_tensor(path)  # copied, as the file will be deleted
+                optimizer.state[p][key] = fill(torch.zeros_like(p, dtype=tensor.dtype), tensor) if tensor.ndim else tensor.to(p.device, copy=True)
