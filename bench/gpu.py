@@ -39,13 +39,12 @@ QWEN_3B = {"tie_word_embeddings": True, "image_token_id": 151655, "video_token_i
                              "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}}
 TEXT = 150                                                      # tokens of the prompt beside the picture's
 BASE = {"G": 8, "picture": (640, 480), "checkpointing": True}
-MODES = {"modes": {"as it is": {}, "without sharing": {"shared": False}, "--capture": {"capture": True}, "--flex": {"flex": True},
-                   "--capture --flex": {"capture": True, "flex": True}, "no --gradient-checkpointing": {"checkpointing": False}}}
 PARTS = {"groups": {f"G {G}": {"G": G} for G in (2, 4, 8, 16, 32)},
          "pictures": {f"{w} x {h}": {"picture": (w, h)} for w, h in ((320, 240), (640, 480), (1280, 960), (1920, 1440))},
          "largest": {**{f"G {G}": {"G": G} for G in (64, 128, 256, 512)},
                      **{f"{w} x {h}": {"picture": (w, h)} for w, h in ((2560, 1920), (3840, 2880), (5120, 3840))}},
-         **MODES}
+         "modes": {"as it is": {}, "without sharing": {"shared": False}, "--capture": {"capture": True}, "--flex": {"flex": True},
+                   "--capture --flex": {"capture": True, "flex": True}, "no --gradient-checkpointing": {"checkpointing": False}}}
 
 
 @dataclass
@@ -93,12 +92,12 @@ def step(models, rt: runtime.Runtime, new_tokens: int, G: int, picture: tuple[in
     encoded G times for each of sampling, reference and policy, and each response has a row with a prompt of its own."""
     policy, reference, optimizer = models
     policy.gradient_checkpointing_enable() if checkpointing else policy.gradient_checkpointing_disable()
-    cuda, c = rt.device.type == "cuda", policy.config
+    cuda, c = rt.device.type == "cuda", policy.config                               # end of turn first, then what stands for pictures
     banned = [c.text_config.eos_token_id, c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id]
     copies, each = (1, G) if shared else (G, 1)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    clock, seen = [], make_picture(policy, picture)
+    clock, noise = [], make_picture(policy, picture)
 
     def lap():
         if cuda:
@@ -107,13 +106,13 @@ def step(models, rt: runtime.Runtime, new_tokens: int, G: int, picture: tuple[in
 
     def score(model, **options):
         with rt.autocast():
-            given = prompts if shared else make_prompts(policy, seen, copies)
+            given = prompts if shared else make_prompts(policy, noise, copies)
             return vlm.group_logps(model, given, responses, banned=banned, flex=flex, **options)
 
     lap()
     policy.eval()
     with rt.autocast():
-        prompts = make_prompts(policy, seen, copies)
+        prompts = make_prompts(policy, noise, copies)
         rollouts = rollout.sample_group(policy, prompts, each, range(copies), end_id=banned[0], banned=banned, max_new_tokens=new_tokens, capture=capture)
     responses = [[r.ids for r in group] for group in rollouts]
     lap()
@@ -180,8 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.rounds < 1:
         raise SystemExit(f"--rounds {config.rounds}: give at least 1")
     rt = runtime.setup(0)
-    if config.sizes == "3b":
-        runtime.needs_gpu(rt, **{"sizes 3b": True})
+    if config.sizes == "3b" and rt.device.type != "cuda":
+        raise SystemExit("--sizes 3b: this needs a GPU with CUDA, and there is none here; --sizes tiny runs anywhere")
     device = torch.cuda.get_device_name() if rt.device.type == "cuda" else "CPU"
     models, out = make_models(config.sizes, rt.device), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

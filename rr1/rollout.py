@@ -56,7 +56,7 @@ class Columns(DynamicLayer):
 
 def feed_forward(mlp, x: torch.Tensor) -> torch.Tensor:
     """mlp(x) of new tokens x (B, q, H). Few rows on a CPU are the second operand of the products, W x^T in place of x W^T: the same sums in
-    less time (docs/benchmarks.md)."""
+    less time (docs/benchmarks.md); hooks on mlp and on its two first projections are then not called."""
     if x.device.type != "cpu" or x.shape[0] * x.shape[1] > FEW_ROWS:
         return mlp(x)
     columns = x.flatten(0, 1).T
