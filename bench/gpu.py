@@ -63,7 +63,7 @@ def make_models(sizes: str, device: torch.device):
     config = Qwen2_5_VLConfig(**QWEN_3B) if sizes == "3b" else Qwen2_5_VLConfig.from_pretrained(tiny.BASE)
     with device:
         policy = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
-    vlm.freeze_vision(policy)
+    vlm.adapt(policy), vlm.freeze_vision(policy)
     visual = policy.model.visual
     reference = copy.deepcopy(policy, {id(visual): visual}).requires_grad_(False).eval()
     return policy, reference, runtime.build_optimizer(policy, 1e-6, 0.0)
@@ -134,10 +134,11 @@ def step(models, rt: runtime.Runtime, new_tokens: int, G: int, picture: tuple[in
 
 def update_operations(text, P: int, G: int, L: int) -> float:
     """Multiply-adds, twice, that an update of one packed row needs: three times the forward pass's (what is computed again does not count)."""
-    H, head = text.hidden_size, text.hidden_size // text.num_attention_heads
-    layer = 2 * H * H + 2 * H * head * text.num_key_value_heads + 3 * H * text.intermediate_size       # weights
+    H, head, feed_forward = text.hidden_size, text.hidden_size // text.num_attention_heads, 3 * text.hidden_size * text.intermediate_size
+    layer = 2 * H * H + 2 * H * head * text.num_key_value_heads + feed_forward                          # weights
     seen = P * (P + 1) / 2 + G * (L * P + L * (L + 1) / 2)                                              # pairs of tokens
     forward = text.num_hidden_layers * (2 * layer * (P + G * L) + 4 * H * seen) + 2 * H * text.vocab_size * G * L
+    forward -= 2 * feed_forward * P                                                                     # `vlm.LastLayer`
     return 3 * forward
 
 

@@ -67,7 +67,9 @@ def write_inputs(folder: Path, c: dict, steps: int) -> None:
     processor.save_pretrained(folder / "model")
     count = lambda module: sum(p.numel() for p in module.parameters())
     visual = model.model.visual                                 # the merger sees one token for four patches
-    sizes = {"tower": count(visual) - 0.75 * count(visual.merger), "language": count(model.model.language_model.layers), "projection": c["vocab"] * size}
+    layers = model.model.language_model.layers
+    sizes = {"tower": count(visual) - 0.75 * count(visual.merger), "projection": c["vocab"] * size,
+             "last feed-forward": count(layers[-1].mlp), "language": count(layers) - count(layers[-1].mlp)}
     (folder / "sizes.json").write_text(json.dumps(sizes))
 
     question = "what"
@@ -89,7 +91,7 @@ class Counts(Counter):
 
     def install(self, vocab: int) -> None:
         import torch
-        from rr1 import rollout
+        from rr1 import rollout, vlm
         from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -105,8 +107,9 @@ class Counts(Counter):
             self["images through the vision tower"] += len(grid_thw)
             self["tower tokens"] += len(patches)
 
-        def language(this, *_, inputs_embeds, past_key_values=None, **__):
+        def language(this, *_, inputs_embeds, past_key_values=None, predicts=None, **__):
             n = inputs_embeds.shape[0] * inputs_embeds.shape[1]
+            self["tokens through the last feed-forward, " + self.phase] += n if predicts is None else len(predicts[0])
             if self.phase == "rollout" and past_key_values is not None and not past_key_values.get_seq_length():
                 self["prompt tokens prefilled"] += n
             self["tokens through the language model, " + self.phase] += n
@@ -119,6 +122,7 @@ class Counts(Counter):
         around(modeling.Qwen2_5_VLTextModel, "forward", language)
         around(rollout, "decode", lambda model, x, *_: language(model, inputs_embeds=x))                 # ours; TRL has no such function
         around(torch.nn.Linear, "forward", project)
+        around(vlm.Wide, "forward", lambda this, x: project(this, x) if x.shape[:-1].numel() <= vlm.FEW_ROWS else None)   # else it is the above
         around(Qwen2VLImageProcessorPil, "preprocess",
                lambda this, images, *_, **__: self.update({"images preprocessed": len(images) if isinstance(images, (list, tuple)) else 1}))
 
@@ -242,7 +246,7 @@ def measure(name: str, config: Config) -> dict[str, list[dict]]:
 def operations(counts: dict, sizes: dict, phase: str | None = None) -> float:
     """Multiply-adds, twice, of weights and tokens, the backward pass at twice the forward; attention's own products are left out."""
     factor = {"rollout": 2, "score": 2, "update": 6}
-    parts = {"tokens through the language model": "language", "tokens projected": "projection"}
+    parts = {"tokens through the language model": "language", "tokens through the last feed-forward": "last feed-forward", "tokens projected": "projection"}
     total = sum(factor[p] * sizes[part] * counts.get(f"{name}, {p}", 0) for name, part in parts.items() for p in PHASES if phase in (None, p))
     return total + (2 * sizes["tower"] * counts.get("tower tokens", 0) if phase is None else 0)
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
-from rr1.vlm import Prompt, embed, scale_logits
+from rr1.vlm import Prompt, embed, hidden_states, scale_logits
 
-FEW_ROWS = 8                         # see `feed_forward`; with 12 there is nothing to gain
 SHRINK_AT = 0.75                     # what has ended leaves the batch once the batch without it is smaller than this share
 
 
@@ -54,16 +53,6 @@ class Columns(DynamicLayer):
         return self.prefilled
 
 
-def feed_forward(mlp, x: torch.Tensor) -> torch.Tensor:
-    """mlp(x) of new tokens x (B, q, H). Few rows on a CPU are the second operand of the products, W x^T in place of x W^T: the same sums in
-    less time (docs/benchmarks.md); hooks on mlp and on its two first projections are then not called."""
-    if x.device.type != "cpu" or x.shape[0] * x.shape[1] > FEW_ROWS:
-        return mlp(x)
-    columns = x.flatten(0, 1).T
-    inner = mlp.act_fn(mlp.gate_proj.weight @ columns) * (mlp.up_proj.weight @ columns)
-    return mlp.down_proj(inner.T.contiguous()).view_as(x)
-
-
 def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor, at: torch.Tensor, cache: Cache) -> torch.Tensor:
     """The language model on new tokens: embeddings x (B, q, H), all q of a group at one position (B,) -> hidden states (B, q, H).
     visible (B, q, n): which of the first n columns each may look at; at (q,): the columns that its keys and values are written to.
@@ -87,7 +76,7 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
         keys, values = (buffer[:, :, :visible.shape[-1]] for buffer in (columns.keys, columns.values))
         seen = F.scaled_dot_product_attention(queries.reshape(B, shared, heads // shared * q, -1), keys, values, attn_mask=mask)
         x = x + attention.o_proj(seen.reshape(B, heads, q, -1).transpose(1, 2).reshape(B, q, -1))
-        x = x + feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x))
+        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
     return norm(text.norm, x)
 
 
@@ -164,11 +153,11 @@ def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int],
     positions = _left_pad([p.positions.T for p in prompts]).permute(2, 0, 1)       # (3, B, P)
     cache = Cache(layers=[Columns(P + G * max_new_tokens) for _ in range(model.config.text_config.num_hidden_layers)])
     embeddings = embed(model, ids, torch.cat([p.features for p in prompts]))
-    hidden = model.model.language_model(inputs_embeds=embeddings, attention_mask=is_prompt.long(), position_ids=positions,
-                                        past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]       # (B, 1, H)
-
-    hidden = hidden.expand(-1, G, -1)                                              # (B, q, H), here q = G
     group = torch.arange(B, device=device)                                         # which prompt each row of the batch is
+    hidden = hidden_states(model, embeddings, (group, torch.full_like(group, P - 1)), attention_mask=is_prompt.long(),
+                           position_ids=positions, past_key_values=cache, use_cache=True)                      # (B, H)
+
+    hidden = hidden[:, None].expand(-1, G, -1)                                     # (B, q, H), here q = G
     who = torch.arange(G, device=device).expand(B, G)                              # which response each place writes, (B, q)
     writing = torch.ones(B, G, dtype=torch.bool, device=device)
     position = torch.tensor([p.next_position for p in prompts], device=device)

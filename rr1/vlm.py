@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
@@ -23,6 +24,7 @@ from rr1.chain import IMAGE
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                  "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>")
 
+FEW_ROWS = 8                         # see `Wide`; with 12 there is nothing to gain
 PACK_FROM = 1.3                      # groups are packed where that saves at least this factor of the tokens
 LOGITS_AT_ONCE = 2**24               # a vocabulary of 151,936 is projected to in chunks of 110 tokens, 64 MB in float32
 
@@ -95,6 +97,34 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+class LastLayer(Qwen2_5_VLDecoderLayer):
+    """The last decoder layer, whose feed-forward part leaves out what nobody reads: `predicts` = (rows, columns), (n,) each, are the
+    tokens of (B, N) that another is predicted from; only their hidden states come out, (n, H). Without `predicts`: the layer as it was."""
+
+    def forward(self, hidden_states: torch.Tensor, predicts: tuple[torch.Tensor, torch.Tensor] | None = None, **options) -> torch.Tensor:
+        x = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **options)[0]
+        x = x if predicts is None else x[predicts]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Wide(torch.nn.Linear):
+    """A linear layer to more features than it is given, without bias. Few rows on a CPU are the second operand, W x^T in place of x W^T: the
+    same sums in less time (docs/benchmarks.md)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or x.shape[:-1].numel() > FEW_ROWS:
+            return super().forward(x)
+        return (self.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], -1)
+
+
+def adapt(model) -> None:
+    """Make the language model's last layer, wide layers and projection such as above: the same parameters under the same names."""
+    layers = model.model.language_model.layers
+    layers[-1].__class__ = LastLayer
+    for linear in (model.lm_head, *(part for layer in layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj))):
+        linear.__class__ = Wide
+
+
 def load(name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
          **image_options) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
     """The model and its processor from a folder or a hub id; weights only as safetensors. On the device "meta" nothing is read but the
@@ -104,12 +134,13 @@ def load(name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.de
         processor = Processor.from_pretrained(name_or_path, **image_options)
         if device == "meta":
             with torch.device("meta"):
-                model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(name_or_path), dtype=dtype)
-            return model.eval(), processor
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
+                model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_pretrained(name_or_path), dtype=dtype).eval()
+        else:
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True).to(device)
     except OSError as error:
         raise SystemExit(f"--model {name_or_path}: neither a checkpoint folder nor a model that can be downloaded: {error}") from error
-    return model.to(device), processor
+    adapt(model)
+    return model, processor
 
 
 def freeze_vision(model) -> None:
@@ -168,6 +199,12 @@ def embed(model, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     embeddings = model.get_input_embeddings()(ids)
     at_image = (ids == model.config.image_token_id)[..., None]
     return embeddings.masked_scatter(at_image, features.to(embeddings.dtype))
+
+
+def hidden_states(model, embeddings: torch.Tensor, predicts: tuple[torch.Tensor, torch.Tensor], **inputs) -> torch.Tensor:
+    """The language model on embeddings (B, N, H) -> its last hidden states at `predicts` = (rows, columns), (n, H)."""
+    hidden = model.model.language_model(inputs_embeds=embeddings, predicts=predicts, **inputs).last_hidden_state
+    return hidden if hidden.dim() == 2 else hidden[predicts]                        # (B, N, H) of a model that is not from `load`
 
 
 def scale_logits(logits: torch.Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> torch.Tensor:
@@ -239,10 +276,9 @@ def group_logps(model, prompts: Sequence[Prompt], responses: Sequence[Sequence[S
         packed, text = ([len(p.ids) for p in prompts], starts, lengths, embeddings), model.config.text_config
         heads_a_key = text.num_attention_heads // text.num_key_value_heads
         attention = {"full_attention": block_mask(*packed) if flex else Branches.of(*packed, heads_a_key)}
-    hidden = model.model.language_model(inputs_embeds=embeddings, attention_mask=attention, position_ids=position_ids,
-                                        use_cache=False).last_hidden_state          # (B, N, H)
     row_of = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([sum(map(len, g)) for g in responses]))
-    hidden = hidden[row_of.to(device), torch.cat(previous).to(device)]              # (tokens, H): response tokens only
+    hidden = hidden_states(model, embeddings, (row_of.to(device), torch.cat(previous).to(device)), attention_mask=attention,
+                           position_ids=position_ids, use_cache=False)              # (tokens, H): response tokens only
     logps, entropy = token_logps(model, hidden, torch.cat(targets), temperature, banned, with_entropy)
     pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)          # (tokens,) -> (N, L)
     return pad(logps), pad(torch.ones_like(logps)), pad(entropy) if with_entropy else None

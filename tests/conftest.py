@@ -6,6 +6,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):       # before torch is
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from rr1 import tiny, vlm
 from rr1.tiny import model as tiny_model
@@ -28,7 +29,16 @@ def random_model(tokenizer, seed: int = 0, hidden: int = 96, ends: float = 0.75)
     last.v_proj.bias.normal_(generator=generator)
     constant = last.o_proj.weight @ last.v_proj.bias.view(-1, 48).repeat_interleave(repeats, 0).flatten()
     model.get_input_embeddings().weight[model.config.text_config.eos_token_id] = ends * constant / constant.norm()
+    vlm.adapt(model)
     return model.eval()
+
+
+def ordinary(model) -> Qwen2_5_VLForConditionalGeneration:
+    """The same weights in a model that is all `transformers`' own, of which `vlm.adapt` has changed nothing."""
+    plain = Qwen2_5_VLForConditionalGeneration(model.config).to(model.dtype).eval()
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import random_model
+from conftest import ordinary, random_model
 from rr1 import data, rollout, vlm
 
 SIZES = [(112, 112), (56, 112), (84, 56), (28, 28)]
@@ -51,7 +51,7 @@ def test_greedy_equals_generate_token_for_token(model, processor):
     P = max(map(len, batch.ids))
     pad = processor.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (P - len(row)) + row for row in batch.ids])
-    theirs = model.generate(input_ids=ids, attention_mask=(ids != pad).long(), pixel_values=batch.pixel_values,
+    theirs = ordinary(model).generate(input_ids=ids, attention_mask=(ids != pad).long(), pixel_values=batch.pixel_values,
                             image_grid_thw=batch.grid_thw, mm_token_type_ids=(ids == processor.image_token_id).int(),
                             do_sample=False, max_new_tokens=16, suppress_tokens=processor.banned_ids)[:, P:]
     for (ours,), row in zip(groups, theirs.tolist()):

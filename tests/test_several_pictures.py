@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 import evaluate
 import train_sft
-from conftest import random_model
+from conftest import ordinary, random_model
 from rr1 import data, rollout, run_folder, vlm
 from rr1.chain import build_prompt
 from test_data import CHAIN, line, write
@@ -111,7 +111,7 @@ def test_positions_and_log_probabilities_are_those_of_transformers(processor, mo
     """float64, prompts with two, three and one pictures of unequal sizes, in front and in between, packed and in separate rows."""
     monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", exact_norm)
     model = random_model(processor.tokenizer, hidden=192).double()
-    responses, rows, seen = random_responses(processor, [[4, 7], [5, 2], [3, 6]]), [], []
+    plain, responses, rows, seen = ordinary(model), random_responses(processor, [[4, 7], [5, 2], [3, 6]]), [], []
     prompts = data.encode(model, data.collate(TEXTS, pictures(), processor))
     forward = type(model.model.language_model).forward
     monkeypatch.setattr(type(model.model.language_model), "forward",
@@ -121,7 +121,7 @@ def test_positions_and_log_probabilities_are_those_of_transformers(processor, mo
         ids = processor.prompt_ids(text, processor.visual_tokens(grid))
         for response in group:
             row = torch.tensor([ids + response])
-            logits = model(input_ids=row, attention_mask=torch.ones_like(row), pixel_values=pixel_values, image_grid_thw=grid,
+            logits = plain(input_ids=row, attention_mask=torch.ones_like(row), pixel_values=pixel_values, image_grid_thw=grid,
                            mm_token_type_ids=(row == processor.image_token_id).int()).logits[0, len(ids) - 1:-1]
             rows.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0])
             positions = seen.pop()[-3:, 0]                                          # transformers' own, (3, P + L)

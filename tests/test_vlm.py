@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
-from conftest import random_model
+from conftest import ordinary, random_model
 from rr1 import data, vlm
 from rr1.chain import TAGS
 from rr1.tiny.model import CHAT_TEMPLATE
@@ -92,7 +92,8 @@ LENGTHS = {1: [[1], [9], [4]], 2: [[1, 6], [8, 3], [2, 2]], 8: [[1, 2, 3, 4, 5, 
 @pytest.mark.parametrize("G, norm, train_vision, bound", [(1, "exact", False, 1e-9), (2, "exact", False, 1e-9), (8, "exact", False, 1e-9),
                                                           (8, "as released", False, 1e-6), (2, "exact", True, 1e-6)])
 def test_packed_groups_equal_separate_rows(model, processor, monkeypatch, G, norm, train_vision, bound):
-    """float64; log-probabilities and the gradient of every trainable parameter, at T = 0.7 with the vision tokens banned.
+    """float64; log-probabilities and the gradient of every trainable parameter, at T = 0.7 with the vision tokens banned, beside a model
+    that is all transformers' own.
 
     As released, the model's norms (and the rotations in its vision tower) round to float32: that is the looser bound."""
     monkeypatch.setattr(vlm, "PACK_FROM", 0.0)
@@ -102,20 +103,21 @@ def test_packed_groups_equal_separate_rows(model, processor, monkeypatch, G, nor
     model = copy.deepcopy(model).double()
     if not train_vision:
         vlm.freeze_vision(model)
+    plain = ordinary(model)
     images, responses, T, banned = pictures(), random_responses(processor, LENGTHS[G]), 0.7, processor.banned_ids
     weights = torch.randn(3 * G, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
 
-    def gradients(loss):
-        return dict(zip(parameters, torch.autograd.grad(loss, parameters.values())))
+    def gradients(model, loss):
+        return dict(zip(trainable, torch.autograd.grad(loss, [model.get_parameter(name) for name in trainable])))
 
     prompts = data.encode(model, data.collate(TEXTS, images, processor))
     logps, mask, _ = vlm.group_logps(model, prompts, responses, T, banned)
-    packed = gradients((logps * mask * weights[:, :logps.shape[1]]).sum())
+    packed = gradients(model, (logps * mask * weights[:, :logps.shape[1]]).sum())
 
-    rows = [ordinary_logps(model, processor, text, image, response, T, banned)
+    rows = [ordinary_logps(plain, processor, text, image, response, T, banned)
             for text, image, group in zip(TEXTS, images, responses) for response in group]
-    separate = gradients(sum((row * w[:len(row)]).sum() for row, w in zip(rows, weights)))
+    separate = gradients(plain, sum((row * w[:len(row)]).sum() for row, w in zip(rows, weights)))
 
     assert mask.tolist() == [[1.0] * len(r) + [0.0] * (logps.shape[1] - len(r)) for r in rows]
     for ours, theirs in zip(logps, rows):
@@ -266,6 +268,33 @@ def test_gradient_checkpointing_changes_no_gradient(frozen, processor):
         frozen.zero_grad()
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# ---------------------------------------------------------------- what `adapt` changes
+
+def test_the_last_feed_forward_part_sees_only_what_predicts(frozen, processor):
+    """Of packed rows as many columns as there are tokens to score; a model that is not adapted gives the same numbers."""
+    plain, responses = ordinary(frozen), random_responses(processor, LENGTHS[8])
+    prompts = data.encode(frozen, data.collate(TEXTS, pictures(), processor))
+    n, longest = sum(map(sum, LENGTHS[8])), max(len(p.ids) + sum(lengths) for p, lengths in zip(prompts, LENGTHS[8]))
+    scored = []
+    for model, sizes in ((frozen, [(3, longest), (n,)]), (plain, [(3, longest), (3, longest)])):
+        seen = []
+        for layer in model.model.language_model.layers:
+            layer.mlp.register_forward_hook(lambda mlp, given, out: seen.append(given[0].shape[:-1]))
+        scored.append(vlm.group_logps(model, prompts, responses)[0])
+        assert seen == sizes
+    torch.testing.assert_close(*scored, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1,), (8,), (2, 4), (1, 8), (9,), (3, 5)])
+def test_wide_layers_give_what_linear_layers_give(frozen, shape):
+    x = torch.randn(*shape, 192, generator=torch.Generator().manual_seed(0))
+    layer = frozen.model.language_model.layers[0]
+    for wide in (frozen.lm_head, layer.mlp.gate_proj, layer.mlp.up_proj):
+        assert type(wide) is vlm.Wide and wide(x).is_contiguous()
+        torch.testing.assert_close(wide(x), torch.nn.functional.linear(x, wide.weight), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- prompts and responses
