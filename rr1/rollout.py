@@ -71,7 +71,7 @@ def decode(model, x: torch.Tensor, position: torch.Tensor, visible: torch.Tensor
     angle = position[:, None, None, None].float() * text.rotary_emb.inv_freq.float()                           # (B, 1, 1, half a head)
     cos, sin = ((f(angle) * text.rotary_emb.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    turn = lambda x: torch.addcmul(x * cos, torch.cat(x.chunk(2, -1)[::-1], -1), sin)
+    turn = lambda x: torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
     mask = torch.zeros_like(visible, dtype=cache.layers[0].keys.dtype).masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, heads // shared, 1)
     norm = lambda layer, x: F.rms_norm(x, (H,), layer.weight, layer.variance_epsilon)
     for layer, columns in zip(text.layers, cache.layers):
@@ -141,7 +141,7 @@ def pick(logps: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, below, right=True)[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample_group(model, prompts: Sequence[Prompt], G: int, seeds: Sequence[int], *, end_id: int, max_new_tokens: int,
                  temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, banned: Sequence[int] = (),
                  capture: bool = False) -> list[list[Rollout]]:
