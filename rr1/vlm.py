@@ -109,12 +109,12 @@ class LastLayer(Qwen2_5_VLDecoderLayer):
 
 class Wide(torch.nn.Linear):
     """A linear layer to more features than it is given, without bias. Few rows on a CPU are the second operand, W x^T in place of x W^T: the
-    same sums in less time (docs/benchmarks.md)."""
+    same sums in less time (docs/benchmarks.md). They come out with the strides of that product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or x.shape[:-1].numel() > FEW_ROWS:
             return super().forward(x)
-        return (self.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], -1)
+        return (self.weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], -1)
 
 
 def adapt(model) -> None:

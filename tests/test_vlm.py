@@ -293,7 +293,7 @@ def test_wide_layers_give_what_linear_layers_give(frozen, shape):
     x = torch.randn(*shape, 192, generator=torch.Generator().manual_seed(0))
     layer = frozen.model.language_model.layers[0]
     for wide in (frozen.lm_head, layer.mlp.gate_proj, layer.mlp.up_proj):
-        assert type(wide) is vlm.Wide and wide(x).is_contiguous()
+        assert type(wide) is vlm.Wide
         torch.testing.assert_close(wide(x), torch.nn.functional.linear(x, wide.weight), rtol=1e-5, atol=1e-5)
 
 
