@@ -114,7 +114,7 @@ class Wide(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or x.shape[:-1].numel() > FEW_ROWS:
             return super().forward(x)
-        return (self.weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], -1)
+        return (self.weight @ x.reshape(-1, self.in_features).T).T.view(*x.shape[:-1], self.out_features)
 
 
 def adapt(model) -> None:

@@ -288,7 +288,7 @@ def test_the_last_feed_forward_part_sees_only_what_predicts(frozen, processor):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(1,), (8,), (2, 4), (1, 8), (9,), (3, 5)])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (8,), (2, 4), (1, 8), (9,), (3, 5)])
 def test_wide_layers_give_what_linear_layers_give(frozen, shape):
     x = torch.randn(*shape, 192, generator=torch.Generator().manual_seed(0))
     layer = frozen.model.language_model.layers[0]
