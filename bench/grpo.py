@@ -69,7 +69,7 @@ def write_inputs(folder: Path, c: dict, steps: int) -> None:
     visual = model.model.visual                                 # the merger sees one token for four patches
     layers = model.model.language_model.layers
     sizes = {"tower": count(visual) - 0.75 * count(visual.merger), "projection": c["vocab"] * size,
-             "last feed-forward": count(layers[-1].mlp), "language": count(layers) - count(layers[-1].mlp)}
+             "language": count(layers) - sum(count(layer.mlp) for layer in layers), "feed-forward": count(layers[0].mlp)}
     (folder / "sizes.json").write_text(json.dumps(sizes))
 
     question = "what"
@@ -107,22 +107,25 @@ class Counts(Counter):
             self["images through the vision tower"] += len(grid_thw)
             self["tower tokens"] += len(patches)
 
-        def language(this, *_, inputs_embeds, past_key_values=None, predicts=None, **__):
+        def language(this, *_, inputs_embeds, past_key_values=None, **__):
             n = inputs_embeds.shape[0] * inputs_embeds.shape[1]
-            self["tokens through the last feed-forward, " + self.phase] += n if predicts is None else len(predicts[0])
             if self.phase == "rollout" and past_key_values is not None and not past_key_values.get_seq_length():
                 self["prompt tokens prefilled"] += n
             self["tokens through the language model, " + self.phase] += n
 
+        def feed_forward(this, hidden):
+            self["tokens through feed-forward parts, " + self.phase] += hidden.shape[:-1].numel()
+
         def project(this, hidden):
             if this.out_features == vocab:
-                self["tokens projected, " + self.phase] += hidden.numel() // hidden.shape[-1]
+                self["tokens projected, " + self.phase] += hidden.shape[:-1].numel()
 
         around(modeling.Qwen2_5_VisionTransformerPretrainedModel, "forward", tower)
         around(modeling.Qwen2_5_VLTextModel, "forward", language)
         around(rollout, "decode", lambda model, x, *_: language(model, inputs_embeds=x))                 # ours; TRL has no such function
+        around(modeling.Qwen2MLP, "forward", feed_forward)
         around(torch.nn.Linear, "forward", project)
-        around(vlm.Wide, "forward", lambda this, x: project(this, x) if x.shape[:-1].numel() <= vlm.FEW_ROWS else None)   # else it is the above
+        around(vlm.Wide, "forward", lambda this, x: project(this, x) if x.device.type == "cpu" and x.shape[:-1].numel() <= vlm.FEW_ROWS else None)
         around(Qwen2VLImageProcessorPil, "preprocess",
                lambda this, images, *_, **__: self.update({"images preprocessed": len(images) if isinstance(images, (list, tuple)) else 1}))
 
@@ -246,7 +249,7 @@ def measure(name: str, config: Config) -> dict[str, list[dict]]:
 def operations(counts: dict, sizes: dict, phase: str | None = None) -> float:
     """Multiply-adds, twice, of weights and tokens, the backward pass at twice the forward; attention's own products are left out."""
     factor = {"rollout": 2, "score": 2, "update": 6}
-    parts = {"tokens through the language model": "language", "tokens through the last feed-forward": "last feed-forward", "tokens projected": "projection"}
+    parts = {"tokens through the language model": "language", "tokens through feed-forward parts": "feed-forward", "tokens projected": "projection"}
     total = sum(factor[p] * sizes[part] * counts.get(f"{name}, {p}", 0) for name, part in parts.items() for p in PHASES if phase in (None, p))
     return total + (2 * sizes["tower"] * counts.get("tower tokens", 0) if phase is None else 0)
 

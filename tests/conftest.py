@@ -1,4 +1,5 @@
 """What the tests share: a small random Qwen2.5-VL saved as a checkpoint folder, and a small drawn world on disk."""
+import copy
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):       # before torch is imported; subprocesses inherit it
@@ -35,7 +36,10 @@ def random_model(tokenizer, seed: int = 0, hidden: int = 96, ends: float = 0.75)
 
 def ordinary(model) -> Qwen2_5_VLForConditionalGeneration:
     """The same weights in a model that is all `transformers`' own, of which `vlm.adapt` has changed nothing."""
-    plain = Qwen2_5_VLForConditionalGeneration(model.config).to(model.dtype).eval()
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"                       # and not "branches", which scoring left there
+    plain = Qwen2_5_VLForConditionalGeneration(config).to(model.dtype).eval()
+    assert plain.model.language_model.config._attn_implementation == "sdpa"
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain

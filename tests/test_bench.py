@@ -240,7 +240,11 @@ def test_our_side_of_the_grpo_benchmark(tmp_path):
     step = json.loads(line.removeprefix("STEP "))
     counts, sizes = step["counts"], json.loads((tmp_path / "tiny" / "sizes.json").read_text())
     assert counts["images preprocessed"] == counts["images through the vision tower"] == 2
-    assert counts["tokens projected, score"] == counts["tokens projected, update"] == 2 * 4 * 8
+    assert {counts[f"tokens projected, {phase}"] for phase in grpo.PHASES} == {2 * 4 * 8}
+    n = {phase: counts[f"tokens through the language model, {phase}"] for phase in grpo.PHASES}                  # two layers, the second in part
+    prefilled = counts["prompt tokens prefilled"]
+    assert counts["tokens through feed-forward parts, rollout"] == prefilled + 2 + 2 * (n["rollout"] - prefilled)
+    assert {counts[f"tokens through feed-forward parts, {phase}"] - n[phase] for phase in ("score", "update")} == {2 * 4 * 8}
     assert counts["tokens through the language model, rollout"] == counts["prompt tokens prefilled"] + 2 * 4 * 7
     assert set(step["seconds"]) == {"step", *grpo.PHASES} and step["matrix_rate"] > 0
     text = grpo.report("tiny", {"ours": [step], "peer": [step]}, sizes)

@@ -194,6 +194,15 @@ def test_truncated_says_whether_the_turn_was_ended(model, processor):
         assert len(r.ids) == 1 and r.truncated == (r.ids[0] != processor.end_id)
 
 
+def test_wrapped_projections_are_an_error_and_not_left_out(model, processor):
+    class Adapter(torch.nn.Linear):
+        """Such as LoRA's, whose weight is not all that it computes with."""
+    model = copy.deepcopy(model)
+    model.model.language_model.layers[1].self_attn.k_proj.__class__ = Adapter
+    with pytest.raises(TypeError, match="k_proj .*Adapter.*merge adapters"):
+        rollout.sample_group(model, data.encode(model, batch_of(processor, 1)), 2, [0], **options(processor))
+
+
 def test_an_end_of_turn_is_the_last_token_and_stands_once(model, processor):
     groups = rollout.sample_group(model, data.encode(model, batch_of(processor, 4)), 8, range(4), **options(processor))
     for r in (r for group in groups for r in group):

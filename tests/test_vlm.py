@@ -361,6 +361,8 @@ def test_a_saved_checkpoint_is_an_ordinary_one(checkpoint):
     tokenizer, image_processor = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     assert json.loads(Path(checkpoint, "config.json").read_text())["model_type"] == "qwen2_5_vl"
     assert next(ours.parameters()).dtype == torch.float32 and not ours.training
+    assert isinstance(ours.model.language_model.layers[-1], vlm.LastLayer) and isinstance(ours.lm_head, vlm.Wide)
+    assert not any(isinstance(module, (vlm.LastLayer, vlm.Wide)) for module in theirs.modules())
     image = pictures()[0]
     content = [{"type": "image"}, {"type": "text", "text": TEXTS[0]}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
