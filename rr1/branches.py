@@ -19,6 +19,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which x is multiplied here: autocast's where that is on, else its own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 @dataclass
 class Branches:
     """Packed rows as their attention needs them: B rows of N columns, R responses in all, the longest prompt P, the longest response L."""
@@ -42,8 +47,7 @@ class Branches:
         place[own[inside]] = (B * P + torch.arange(len(starts) * L)).view(-1, L)[inside]
         hidden = torch.cat([(torch.arange(P) >= torch.tensor(prompts)[row][:, None])[:, None].expand(-1, L, -1),
                             torch.ones(L, L, dtype=torch.bool).triu(1).expand(len(starts), L, L)], 2).to(device)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else rows.dtype
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf")).repeat(1, share, 1)[:, None]
+        mask = torch.zeros(hidden.shape, dtype=product_dtype(rows), device=device).masked_fill_(hidden, float("-inf")).repeat(1, share, 1)[:, None]
         return cls(P, row.to(device), own.to(device), mask, place.view(B, N).to(device))
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
+from rr1.branches import product_dtype
 from rr1.vlm import Prompt, embed, hidden_states, scale_logits
 
 SHRINK_AT = 0.75                     # what has ended leaves the batch once the batch without it is smaller than this share
@@ -40,12 +41,11 @@ class Columns(DynamicLayer):
     def __init__(self, capacity: int, attention):
         super().__init__()
         self.capacity, self.prefilled = capacity, 0
-        parts, kind = (attention.q_proj, attention.k_proj, attention.v_proj), attention.q_proj.weight.device.type
+        parts = attention.q_proj, attention.k_proj, attention.v_proj
         if any(type(part) is not torch.nn.Linear for part in parts):
             raise TypeError(f"q_proj, k_proj and v_proj must be torch.nn.Linear to be sampled from, not {type(parts[0]).__name__}, "
                             f"{type(parts[1]).__name__}, {type(parts[2]).__name__}: merge adapters into the weights first")
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else attention.q_proj.weight.dtype
-        self.weight, self.bias = (torch.cat(tensors).to(dtype) for tensors in ([p.weight for p in parts], [p.bias for p in parts]))
+        self.weight, self.bias = (torch.cat(tensors).to(product_dtype(tensors[0])) for tensors in zip(*((p.weight, p.bias) for p in parts)))
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompts' keys and values (B, heads, P, head size), which fill the first columns; they come back as they are."""

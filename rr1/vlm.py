@@ -118,7 +118,8 @@ class Wide(torch.nn.Linear):
 
 
 def adapt(model) -> None:
-    """Make the language model's last layer, wide layers and projection such as above: the same parameters under the same names."""
+    """Turn the language model's last layer into a `LastLayer`, the projection and the wide layers of its feed-forward parts into `Wide` ones,
+    in place. Parameters and their names stay, so checkpoints do too."""
     layers = model.model.language_model.layers
     layers[-1].__class__ = LastLayer
     for linear in (model.lm_head, *(part for layer in layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj))):

@@ -52,8 +52,8 @@ def test_greedy_equals_generate_token_for_token(model, processor):
     pad = processor.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (P - len(row)) + row for row in batch.ids])
     theirs = ordinary(model).generate(input_ids=ids, attention_mask=(ids != pad).long(), pixel_values=batch.pixel_values,
-                            image_grid_thw=batch.grid_thw, mm_token_type_ids=(ids == processor.image_token_id).int(),
-                            do_sample=False, max_new_tokens=16, suppress_tokens=processor.banned_ids)[:, P:]
+                                      image_grid_thw=batch.grid_thw, mm_token_type_ids=(ids == processor.image_token_id).int(),
+                                      do_sample=False, max_new_tokens=16, suppress_tokens=processor.banned_ids)[:, P:]
     for (ours,), row in zip(groups, theirs.tolist()):
         assert ours.ids + [pad] * (theirs.shape[1] - len(ours.ids)) == row
     ended = [not ours.truncated for ours, in groups]
