@@ -14,7 +14,7 @@
 
 What is shown to a model: every record's own picture (Table 1, Figure 6) and, for choice questions with a known clean picture,
 that picture clean and damaged by one type, drawn for each picture, at each of --levels (Table 2; not of records with several pictures).
-Benchmarks: rr1/benchmarks.py.
+Benchmarks: rr1/evaluation/benchmarks.py.
 """
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from degrade import degrade
-from rr1 import benchmarks, data, figures, image_rewards, metrics, recovery, restorer, rollout, run_folder, runtime, tiny, vlm, votes
+from rr1 import data, files, rollout, runtime, tiny, vlm
+from rr1.evaluation import benchmarks, figures, metrics, votes
+from rr1.u1 import image_rewards, recovery, restorer
 from rr1.chain import Chain, build_prompt, build_question, is_well_formed, parse
-from rr1.predictions import check_meta, collect, fingerprint, read_predictions
-from rr1.rewards import choice_index
+from rr1.evaluation.predictions import check_meta, collect, fingerprint, read_predictions
+from rr1.answers import choice_index
 from rr1.runtime import opt
 
 GRPO = "runs/grpo/model"             # what train_grpo.py writes by default
@@ -167,7 +169,7 @@ def predict(config: Config, rt: runtime.Runtime, folder: Path, meta: dict, jobs:
     order = {job["key"]: i for i, job in enumerate(jobs)}
     if rt.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_text(folder / "meta.json", run_folder.to_json(meta, indent=2) + "\n")
+        files.write_text(folder / "meta.json", files.to_json(meta, indent=2) + "\n")
         collect(folder, order)
     runtime.barrier(rt)
     done = {row["key"] for row in read_predictions(folder)}
@@ -184,7 +186,7 @@ def predict(config: Config, rt: runtime.Runtime, folder: Path, meta: dict, jobs:
         bar = tqdm(total=len(todo), desc=folder.name, unit=" answers", disable=not rt.is_main)
         with bar, open(folder / name, "ab") as file:
             for rows in respond(config, model, processor, todo, meta["plain"]):
-                file.write("".join(run_folder.to_json(row) + "\n" for row in rows).encode())
+                file.write("".join(files.to_json(row) + "\n" for row in rows).encode())
                 file.flush()
                 bar.update(len(rows))
     runtime.barrier(rt)
@@ -240,8 +242,8 @@ def write_report(out: Path, rows: dict[str, list[dict]], seed: int) -> None:
         reports[name]["versus"] = metrics.versus(rows[name], rows[first], seed)
     text = metrics.report_text(reports)
     print(text)
-    run_folder.write_text(out / "report.txt", text + "\n")
-    run_folder.write_text(out / "report.json", run_folder.to_json(reports, indent=1) + "\n")
+    files.write_text(out / "report.txt", text + "\n")
+    files.write_text(out / "report.json", files.to_json(reports, indent=1) + "\n")
     print("\nwritten:", ", ".join(str(out / name) for name in ["report.txt", "report.json", *figures.draw_all(reports, out)]))
 
 
@@ -292,9 +294,9 @@ def recover(config: Config, rt: runtime.Runtime) -> None:
     result, text = recovery.report({"damaged": recovery.measure(damaged, clean, encoder, lpips),
                                     "recovered": recovery.measure(recovered, clean, encoder, lpips)}, config.seed)
     out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_text(out / "report.txt", text + "\n")
-    run_folder.write_text(out / "report.json", run_folder.to_json(result, indent=1) + "\n")
-    run_folder.write_bytes(out / "strip.png", recovery.strip(*(pictures[:10] for pictures in (damaged, recovered, clean))))
+    files.write_text(out / "report.txt", text + "\n")
+    files.write_text(out / "report.json", files.to_json(result, indent=1) + "\n")
+    files.write_bytes(out / "strip.png", recovery.strip(*(pictures[:10] for pictures in (damaged, recovered, clean))))
     print(f"{text}\n\nwritten: {out}/report.txt, report.json, strip.png (damaged, recovered, clean)")
 
 

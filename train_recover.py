@@ -1,5 +1,5 @@
 """Robust-U1, stages I and II: a small flow model learns to recover the clean picture from the damaged one, by rectified flow
-(--stage sft) and then by Flow-GRPO on a picture's reward (--stage grpo). The equations: rr1/flow.py, docs/recover.md.
+(--stage sft) and then by Flow-GRPO on a picture's reward (--stage grpo). The equations: rr1/u1/flow.py, docs/recover.md.
 
     sft    1. pairs of damaged and clean pictures, z_c and z_0     2. z_t = (1 - t) z_0 + t eps     3. |v - (eps - z_0)|^2
     grpo   1. roll out    G recoveries of each damaged picture by the SDE sampler, z_1 and all noise from the run's seed
@@ -28,7 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rr1 import data, flow, grpo, image_rewards, recovery, restorer, run_folder, runtime, tiny
+from rr1 import data, files, grpo, run_folder, runtime, tiny
+from rr1.u1 import flow, image_rewards, recovery, restorer
 from rr1.runtime import opt
 
 
@@ -107,7 +108,7 @@ def end_step(config: Config, rt: runtime.Runtime, run: run_folder.RunFolder, ste
     """Now and then a checkpoint and, of the same eight pictures, a strip: damaged, recovered, clean."""
     if rt.is_main and (step % config.save_every == 0 or step == config.steps):
         damaged, clean = shown
-        run_folder.write_bytes(run.out / "strip.png", recovery.strip(damaged, restorer.restore(model, damaged, 10).cpu(), clean))
+        files.write_bytes(run.out / "strip.png", recovery.strip(damaged, restorer.restore(model, damaged, 10).cpu(), clean))
     run.end_step(step, stop, model, None, optimizer)
 
 
@@ -179,7 +180,7 @@ def reinforce(config: Config, rt: runtime.Runtime, run: run_folder.RunFolder, mo
     with runtime.Interrupt(rt) as interrupt:
         for step, (seeds, damaged, clean) in data.prefetch(lambda step: load(config, rt, source, step), range(first, config.steps)):
             clock = [time.perf_counter()]
-            ks = recovery.noisy_steps(config.sampling_steps, config.window, config.early, torch.Generator().manual_seed(data.seed_for(config.seed, step)))
+            ks = flow.noisy_steps(config.sampling_steps, config.window, config.early, torch.Generator().manual_seed(data.seed_for(config.seed, step)))
 
             # 1. roll out: G paths from each damaged picture
             z_c = encode(damaged.to(rt.device)).repeat_interleave(G, 0)             # (n, C, h, w), this process's n paths

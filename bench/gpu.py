@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,10 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from rr1 import grpo, rollout, runtime, tiny, vlm  # noqa: E402
-from rr1.run_folder import to_json, write_text  # noqa: E402
-from rr1.runtime import opt  # noqa: E402
-from rr1.tables import markdown  # noqa: E402
+from rr1 import grpo, rollout, runtime, tiny, vlm
+from rr1.files import to_json, write_text
+from rr1.runtime import opt
+from rr1.evaluation.statistics import markdown
 
 QWEN_3B = {"tie_word_embeddings": True, "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
            "text_config": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,

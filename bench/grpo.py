@@ -27,12 +27,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))                                   # the scripts are not part of the installed package
-
-from rr1 import runtime  # noqa: E402
-from rr1.run_folder import to_json, write_text  # noqa: E402
-from rr1.runtime import opt  # noqa: E402
-from rr1.tables import markdown  # noqa: E402
+from rr1 import runtime
+from rr1.files import to_json, write_text
+from rr1.runtime import opt
+from rr1.evaluation.statistics import markdown
 
 PHOTO = {"width": 640, "height": 480, "text": 150, "new": 128, "groups": 1, "hidden": 256, "head": 64, "layers": 6, "vocab": 4096}
 CONFIGURATIONS = {

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
-from bench.runs import MODES, number, read_rows, run_all, same_records, seconds, train  # noqa: E402
-from rr1 import metrics, run_folder, runtime, tables, tiny  # noqa: E402
-from rr1.runtime import opt  # noqa: E402
+from runs import MODES, number, read_rows, run_all, same_records, seconds, train
+from rr1 import files, runtime, tiny
+from rr1.evaluation import metrics
+from rr1.runtime import opt
+from rr1.evaluation.statistics import interval, markdown
 
 CONTROL_LR = 3e-4                    # 0.3 of the default run's: this is a second round from a model that has converged once
 PROBE_STEPS, WARM = 12, 2            # of the timing; the first steps are slower
@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     result = compare(rows, seeds)
     result["training_seconds"] = {name: sum(seconds(out / name)) for name in trained}
     text = report(result, seeds)
-    run_folder.write_text(out / "report.json", run_folder.to_json(result, indent=1) + "\n")
-    run_folder.write_text(out / "report.md", text + "\n")
+    files.write_text(out / "report.json", files.to_json(result, indent=1) + "\n")
+    files.write_text(out / "report.md", text + "\n")
     print(f"\n{text}\n\nwritten: {out}/report.md, report.json")
 
 
@@ -110,17 +110,17 @@ def report(result: dict, seeds: list[int]) -> str:
         now, gain, duel = (result[mode][key] for key in ("now", "gain", "rl_less_control"))
         lines = [["SFT, before", *(number(now["sft"][m]["value"]) for m in MEASURES), ""]]
         for kind, title in (("grpo", "GRPO"), ("control", "more SFT")):
-            lines += [[f"{title}, seed {s}", *(f"{number(now[name][m]['value'])} ({tables.interval(gain[name][m])})".replace("- (-)", "-") for m in MEASURES),
+            lines += [[f"{title}, seed {s}", *(f"{number(now[name][m]['value'])} ({interval(gain[name][m])})".replace("- (-)", "-") for m in MEASURES),
                        f"{took[name]:.0f}"] for s in seeds for name in [f"{kind}-{s}"]]
-        lines += [[f"GRPO less more SFT, seed {s}", *(tables.interval(duel[str(s)][m]) for m in MEASURES), ""] for s in seeds]
-        blocks.append(tables.markdown([mode, *MEASURES.values(), "seconds"], lines))
+        lines += [[f"GRPO less more SFT, seed {s}", *(interval(duel[str(s)][m]) for m in MEASURES), ""] for s in seeds]
+        blocks.append(markdown([mode, *MEASURES.values(), "seconds"], lines))
     duels = [[title, *(str(won) for mode in MODES for won in wins(result[mode]["rl_less_control"], m))]
              for m, title in MEASURES.items()]
     blocks += [f"GRPO against more SFT: in how many of the {len(seeds)} seeds one is better, with an interval clear of 0.",
-               tables.markdown(["", *(f"{mode}: {side}" for mode in MODES for side in ("GRPO", "more SFT"))], duels)]
+               markdown(["", *(f"{mode}: {side}" for mode in MODES for side in ("GRPO", "more SFT"))], duels)]
     kept = [[text, *(f"{sum(holds(result[mode], m, rule, s) for s in seeds)} of {len(seeds)}" for mode in MODES)]
             for text, (m, rule) in CHECKS.items()]
-    blocks += ["GRPO against SFT, what is asked of it: seeds in which it holds.", tables.markdown(["", *MODES], kept)]
+    blocks += ["GRPO against SFT, what is asked of it: seeds in which it holds.", markdown(["", *MODES], kept)]
     return "\n\n".join(blocks)
 
 

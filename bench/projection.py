@@ -13,14 +13,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from rr1 import runtime  # noqa: E402
-from rr1.runtime import opt  # noqa: E402
-from rr1.tables import markdown  # noqa: E402
+from rr1 import runtime
+from rr1.runtime import opt
+from rr1.evaluation.statistics import markdown
 
 
 @dataclass

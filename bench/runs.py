@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from rr1 import metrics
-from rr1.run_folder import to_json, write_text
+from rr1.evaluation import metrics
+from rr1.files import to_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"sampled": "1", "greedy": "0"}                         # temperatures at which the models answer

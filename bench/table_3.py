@@ -21,17 +21,16 @@ what is finished stays, what was begun goes on.
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
-from bench.runs import MODES, begin, number, read_rows, run_all, same_records, seconds, train  # noqa: E402
-from rr1 import metrics, run_folder, runtime, tables, tiny  # noqa: E402
-from rr1.intervals import bootstrap_cells, paired_difference  # noqa: E402
-from rr1.runtime import opt  # noqa: E402
+from runs import MODES, begin, number, read_rows, run_all, same_records, seconds, train
+from rr1 import files, runtime, tiny
+from rr1.evaluation import metrics
+from rr1.evaluation.statistics import bootstrap_cells, paired_difference
+from rr1.runtime import opt
+from rr1.evaluation.statistics import cell, interval, markdown
 
 TITLES = {"base": "base", "no-reasoning": "w/o reasoning", "sft": "SFT alone", "no-r_deg": "w/o r_deg", "no-r_len": "w/o r_len", "full": "full"}
 REWARDS = {"no-r_deg": ["len"], "no-r_len": ["deg"], "full": ["deg", "len"]}
@@ -85,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     result = compare({mode: {name: read_rows(out / mode / name / "predictions.jsonl") for name in models} for mode in MODES})
     result["training_seconds"] = {name: sum(seconds(out / name)) for name in models if (out / name / "metrics.jsonl").exists()}
     text = report(result)
-    run_folder.write_text(out / "report.json", run_folder.to_json(result, indent=1) + "\n")
-    run_folder.write_text(out / "report.md", text + "\n")
+    files.write_text(out / "report.json", files.to_json(result, indent=1) + "\n")
+    files.write_text(out / "report.md", text + "\n")
     print(f"\n{text}\n\nwritten: {out}/report.md, report.json")
 
 
@@ -127,13 +126,13 @@ def report(result: dict) -> str:
               f"models asked without one have none. Steps of training took: {took}."]
     for mode in reversed(MODES):
         now, less = result[mode]["now"], result[mode]["less_full"]
-        blocks += [f"{mode.capitalize()}, in the layout of Table 3.", tables.markdown(
+        blocks += [f"{mode.capitalize()}, in the layout of Table 3.", markdown(
             ["", *columns.values()], [[title, *(number(now[name].get(c, {}).get("value")) for c in columns)] for name, title in TITLES.items()])]
-        blocks += [f"{mode.capitalize()}: value [95 % interval] n.", tables.markdown(
-            ["", *TITLES.values()], [[title, *(tables.cell(now[name].get(c)) for name in TITLES)] for c, title in columns.items()])]
-        blocks += [f"{mode.capitalize()}: each less `full`, paired by record; **bold** where the interval is clear of 0.", tables.markdown(
+        blocks += [f"{mode.capitalize()}: value [95 % interval] n.", markdown(
+            ["", *TITLES.values()], [[title, *(cell(now[name].get(c)) for name in TITLES)] for c, title in columns.items()])]
+        blocks += [f"{mode.capitalize()}: each less `full`, paired by record; **bold** where the interval is clear of 0.", markdown(
             ["", *(TITLES[name] for name in less)],
-            [[title, *(tables.interval(less[name].get(c, {"value": None})) for name in less)] for c, title in columns.items()])]
+            [[title, *(interval(less[name].get(c, {"value": None})) for name in less)] for c, title in columns.items()])]
     return "\n\n".join(blocks)
 
 

@@ -22,4 +22,4 @@ for setting in "deg-len|deg len" "deg|deg" "brief|deg len examples/brevity.py:br
     done
 done
 python evaluate.py --models "${models[@]}" --no-table-2 --out "$out/eval"
-python -m rr1.compare "$out"/{deg-len,deg,brief}-{0,1} --evaluation "$out/eval" --out "$out/compare"
+python -m rr1.evaluation.compare "$out"/{deg-len,deg,brief}-{0,1} --evaluation "$out/eval" --out "$out/compare"

@@ -1,18 +1,34 @@
 """What was answered, and is it right? One answer at a time: text in, (score in [0, 1], whether it could be read) out.
 
 Answers are read, never guessed at: one that names no choice is wrong and counted as unparsed. Open answers and captions of R-Bench
-are scored by its judge (`rr1.votes`); what is computed here instead stands in for that and is reported as "proxy".
+are scored by its judge (`rr1.evaluation.votes`); what is computed here instead stands in for that and is reported as "proxy".
 """
 from __future__ import annotations
 
 from collections import Counter
+from string import ascii_lowercase
 from typing import Sequence
 
 from rr1.chain import TAGS, parse
-from rr1.rewards import choice_index
-from rr1.rewards import plain as plain_text
 
 BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+# ---------------------------------------------------------------- which choice, which words
+
+def choice_index(answer: str | int, choices: Sequence[str]) -> int | None:
+    """Which choice is meant by an index, a letter, a text or label and text; None if none is."""
+    indices, letters = [str(i) for i in range(len(choices))], ascii_lowercase[: len(choices)]
+    texts = [plain(choice) for choice in choices]
+    labelled = [[f"{label} {text}" for label, text in zip(labels, texts)] for labels in (indices, letters)]
+    for forms in (indices, list(letters), texts, *labelled):
+        if plain(answer) in forms:
+            return forms.index(plain(answer))
+    return None
+
+
+def plain(text: str | int) -> str:
+    return " ".join("".join(" " if mark in ".,:;!?()" else mark for mark in str(text).casefold()).split())
 
 
 # ---------------------------------------------------------------- our own data, the drawn world
@@ -21,7 +37,7 @@ def caption_phrases(text: str) -> Counter:
     """Comma-separated phrases, the ground as one of its own: `a red star top left, a blue ring top right on sand` has three."""
     things, on, ground = text.rpartition(" on ")
     phrases = [*things.split(","), f"on {ground}"] if on else text.split(",")
-    return Counter(phrase for phrase in map(plain_text, phrases) if phrase)
+    return Counter(phrase for phrase in map(plain, phrases) if phrase)
 
 
 def caption_f1(caption: str, truth: str) -> float:
@@ -41,7 +57,7 @@ def score_answer(answer: str | None, form: str, truth: str, choices: Sequence[st
     if right is not None:
         picked = choice_index(answer, choices)
         return float(picked == right), picked is not None
-    return float(plain_text(answer) == plain_text(truth)), True
+    return float(plain(answer) == plain(truth)), True
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -60,9 +76,9 @@ def read_choice(answer: str, options: dict[str, str]) -> str | None:
     one letter that stands among the words, if it is one of the last four; otherwise, of an answer at most twice as long as all
     options, the one option whose text occurs in it. Last an index from 0, unless options are numbers themselves.
     """
-    said = plain_text(answer)
-    exact = [a for a, text in options.items() if said in (a.lower(), plain_text(f"{a} {text}"))]
-    exact = exact or [a for a, text in options.items() if said == plain_text(text)]
+    said = plain(answer)
+    exact = [a for a, text in options.items() if said in (a.lower(), plain(f"{a} {text}"))]
+    exact = exact or [a for a, text in options.items() if said == plain(text)]
     if len(exact) == 1:
         return exact[0]
     words = answer.translate(BLANKS).split()
@@ -81,7 +97,7 @@ def read_choice(answer: str, options: dict[str, str]) -> str | None:
 
 def rouge_l(said: str, true: str) -> float:
     """F1 of the longest common subsequence of words."""
-    a, b = plain_text(said).split(), plain_text(true).split()
+    a, b = plain(said).split(), plain(true).split()
     longest = [0] * (len(b) + 1)                               # with b[:j], of the words of a so far
     for word in a:
         before = longest[:]
@@ -104,7 +120,7 @@ def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
         picked = read_choice(answer, dict(zip(row["letters"], row["choices"])))
         return float(picked == row["answer"]), picked is not None
     if row["form"] == "direct":
-        return min(1.0, sum(plain_text(answer) == plain_text(true) for true in row["references"]) / 3), True
+        return min(1.0, sum(plain(answer) == plain(true) for true in row["references"]) / 3), True
     if row["form"] == "caption":
         return sum(rouge_l(answer, true) for true in row["references"]) / len(row["references"]), True
-    return float(f" {plain_text(row['answer'])} " in f" {plain_text(answer)} "), True
+    return float(f" {plain(row['answer'])} " in f" {plain(answer)} "), True

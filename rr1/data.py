@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rr1 import runtime
 from rr1.chain import build_prompt
 from rr1.records import DataError, Records, image_paths, open_image, read  # noqa: F401
-from rr1.run_folder import to_json, write_text
+from rr1.files import to_json, write_text
 from rr1.vlm import Processor, Prompt, encode_images, make_prompt
 
 SFT_SHARE = 0.25                     # section 5: 25 % of the data for supervised fine-tuning, 75 % for reinforcement learning

@@ -20,7 +20,6 @@ from array import array
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator, Sequence
 
-import cv2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -52,12 +51,6 @@ def open_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:                          # a broken file can fail in any place of any decoder
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
-
-
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """By areas where it shrinks, by cubics where it grows."""
-    shrinks = width * height < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def read(path: str | Path, image_folder: str | Path | None = None, skip_bad: bool = False) -> Records:

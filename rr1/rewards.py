@@ -19,9 +19,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from string import ascii_lowercase
 
 from degrade import Degradation
+from rr1.answers import choice_index, plain
 from rr1.chain import Chain, is_well_formed, parse
 
 Instances = list[Degradation]
@@ -141,21 +141,6 @@ def accuracy(response: Response, record: dict) -> float:
         if right is not None:
             return float(choice_index(answer, choices) == right)
     return float(plain(answer) == plain(truth))
-
-
-def choice_index(answer: str | int, choices: Sequence[str]) -> int | None:
-    """Which choice is meant by an index, a letter, a text or label and text; None if none is."""
-    indices, letters = [str(i) for i in range(len(choices))], ascii_lowercase[: len(choices)]
-    texts = [plain(choice) for choice in choices]
-    labelled = [[f"{label} {text}" for label, text in zip(labels, texts)] for labels in (indices, letters)]
-    for forms in (indices, list(letters), texts, *labelled):
-        if plain(answer) in forms:
-            return forms.index(plain(answer))
-    return None
-
-
-def plain(text: str | int) -> str:
-    return " ".join("".join(" " if mark in ".,:;!?()" else mark for mark in str(text).casefold()).split())
 
 
 REWARDS: dict[str, Reward] = {

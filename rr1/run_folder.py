@@ -17,15 +17,17 @@ import random
 import shutil
 import time
 from dataclasses import MISSING, asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from rr1 import shard
-from rr1.figures import draw_curves
+from rr1.files import save_figure, to_json, write_text
 from rr1.runtime import Runtime, barrier
 
 # ------------------------------------------------------------------------------------------- what a checkpoint is made of
@@ -61,23 +63,6 @@ def reseed(generator: Any, seed: int) -> None:
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
     else:
         generator.seed(seed)
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text, where tensors and arrays become lists and anything else (paths) a string."""
-    return json.dumps(value, ensure_ascii=False, indent=indent,
-                      default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
 
 
 def cut_back(path: Path, step: int) -> list[dict]:
@@ -301,3 +286,40 @@ def open_tracker(name: str, out: Path, config: dict, step: int) -> Callable[[dic
             writer.add_scalar(key, value, step)
 
     return track
+
+
+# ------------------------------------------------------------------------------------------------------------ the curves
+
+def draw_curves(rows: Sequence[Mapping], panels: Sequence[str], path: Path, title: str) -> None:
+    """Plot rows of metrics over their steps: single steps light, a moving average over them. Panels as in `RunFolder`."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
+    plots = [(heading, [key for key in keys if any(fnmatchcase(key, name) for name in names.split())])
+             for heading, _, names in (panel.rpartition(": ") for panel in panels or keys)]
+    plots = [(heading or " ".join(names), names) for heading, names in plots if names]
+    columns = min(3, len(plots))
+    lines = -(-len(plots) // columns)
+    figure = Figure(figsize=(4.4 * columns, 2.8 * lines + 0.4), dpi=100, layout="constrained")
+    figure.suptitle(f"{title}, step {rows[-1]['step']}")
+    for place, (heading, names) in enumerate(plots, start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        for colour, name in enumerate(names):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+            axes.plot(steps, values, ".-", linewidth=0.6, markersize=4, alpha=0.35, color=f"C{colour}", markeredgewidth=0)
+            axes.plot(steps, smooth(smooth(values)), linewidth=1.8, color=f"C{colour}", label=name)
+        axes.set_title(heading, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+def smooth(values: np.ndarray, share: float = 1 / 15) -> np.ndarray:
+    """Moving average over this share of the curve, over what there is of it at the ends."""
+    here, half = np.arange(len(values)), int(len(values) * share / 2)
+    low, high = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[high] - total[low]) / (high - low)

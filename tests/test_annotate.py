@@ -20,10 +20,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from degrade import DEGRADATIONS, STAGES, Degradation, degrade
-from rr1 import annotate, data, data_card, rewards, teachers
+from rr1 import annotate, data, rewards
+from rr1.annotate import card as data_card, teachers
 from rr1.chain import Chain, is_well_formed, render
-from rr1.questions import Truth, read_questions, read_rows
-from rr1.teachers import Rejected, fill, template_teacher
+from rr1.annotate.questions import Truth, read_questions, read_rows
+from rr1.annotate.teachers import Rejected, fill, template_teacher
 from rr1.tiny import world
 
 PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared" / "photos"

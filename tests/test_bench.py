@@ -10,8 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
-from bench import gpu, learning, recovery, runs, stage_3, table_3
-from rr1 import metrics, tiny
+import gpu
+import learning
+import runs
+import table_3
+import u1_recovery as recovery
+import u1_stage_3 as stage_3
+from rr1 import tiny
+from rr1.evaluation import metrics
 from rr1.chain import Chain, render
 from rr1.tiny import world
 
@@ -176,7 +182,7 @@ def test_table_3_from_end_to_end(checkpoint, tmp_path, monkeypatch, capsys, ship
     assert "full: " not in second and second.partition("held-out")[2] == first.partition("held-out")[2]
 
 
-# ---------------------------------------------------------------- bench/stage_3.py
+# ---------------------------------------------------------------- bench/u1_stage_3.py
 
 def test_records_show_what_is_asked_for(tmp_path):
     """One line of a recovered data set, with other pictures: as many marks as pictures, and no clean picture to be asked about again."""
@@ -229,11 +235,11 @@ def test_what_recovery_gains_by_hand():
 
 def test_our_side_of_the_grpo_benchmark(tmp_path):
     """One turn in a process of its own, as beside TRL: one picture and one prompt a group, and every count that the report asks for."""
-    from bench import grpo
+    import grpo
     small = grpo.CONFIGURATIONS["tiny"] | {"groups": 2, "G": 4, "new": 8, "layers": 2}
     (tmp_path / "tiny").mkdir()
     grpo.write_inputs(tmp_path / "tiny", small, 1)
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench import grpo; grpo.CONFIGURATIONS['tiny'] = {small!r}; "
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); import grpo; grpo.CONFIGURATIONS['tiny'] = {small!r}; "
             f"grpo.main(['--worker', 'ours', '--configurations', 'tiny', '--rounds', '1', '--out', {str(tmp_path)!r}])")
     done = subprocess.run([sys.executable, "-c", code], input="go\n", capture_output=True, text=True, timeout=300)
     [line] = [line for line in done.stdout.splitlines() if line.startswith("STEP ")]

@@ -12,7 +12,8 @@ from PIL import Image
 
 import evaluate
 from degrade import degrade
-from rr1 import answers, benchmarks, data, metrics, votes
+from rr1 import answers, data
+from rr1.evaluation import benchmarks, metrics, votes
 from rr1.chain import Chain, build_prompt, render
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from rr1 import compare, rewards
+from rr1 import rewards
+from rr1.evaluation import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +88,7 @@ def test_what_is_missing_is_named(runs, tmp_path):
 
 
 def test_the_picture_is_a_picture(runs, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "rr1.compare", *map(str, runs), "--out", str(tmp_path / "out")], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "rr1.evaluation.compare", *map(str, runs), "--out", str(tmp_path / "out")], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "curves.png" in done.stdout, done.stderr
     assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG" and not list((tmp_path / "out").glob("*.tmp"))

@@ -8,7 +8,8 @@ import torch
 from skimage.metrics import structural_similarity
 from torch.func import functional_call
 
-from rr1 import flow, grpo, image_rewards, recovery, tiny, vlm
+from rr1 import grpo, tiny, vlm
+from rr1.u1 import flow, image_rewards, recovery
 from rr1.tiny import world
 
 
@@ -151,10 +152,10 @@ def test_noise_is_where_the_window_is_and_each_noisy_step_is_recorded_as_it_was(
     assert torch.equal(path.x[1], path.x_next[0])
     torch.testing.assert_close(path.end, flow.euler(model, path.x_next[-1], grid[4:]).detach())
     torch.testing.assert_close(path.x[0], flow.euler(model, draw(8, 4, seed=4), grid[:2]).detach())
-    drawn = {recovery.noisy_steps(10, 2, 5, torch.Generator().manual_seed(seed)) for seed in range(60)}
-    assert drawn == {range(i, i + 2) for i in range(4)} and recovery.noisy_steps(10, 0, 5, torch.Generator()) == range(10)
+    drawn = {flow.noisy_steps(10, 2, 5, torch.Generator().manual_seed(seed)) for seed in range(60)}
+    assert drawn == {range(i, i + 2) for i in range(4)} and flow.noisy_steps(10, 0, 5, torch.Generator()) == range(10)
     with pytest.raises(SystemExit, match="--window 6"):
-        recovery.noisy_steps(10, 6, 5, torch.Generator())
+        flow.noisy_steps(10, 6, 5, torch.Generator())
 
 
 def test_gradient_of_the_whole_loss_against_finite_differences():

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from degrade import Degradation
-from rr1 import answers, figures, metrics, tables
+from rr1 import answers
+from rr1.evaluation import figures, metrics
 from rr1.chain import Chain, render
 from rr1.rewards import r_deg
+from rr1.evaluation.statistics import cell, markdown
 
 CHOICES = ["red", "green", "blue", "white"]
 BLUR, NOISE, DARK, GRAFFITI = "lens blur", "noise", "darkness", "graffiti"
@@ -237,6 +239,6 @@ def test_a_plain_model_is_read_whole_and_has_no_figure_6(tmp_path):
 
 
 def test_markdown_and_cells():
-    assert tables.cell(metrics.wilson(5, 10)._asdict() | {"unparsed": 2}) == "0.500 [0.237, 0.763] n 10, 2 unread"
-    assert tables.cell(metrics.bootstrap([])._asdict()) == "-" == tables.cell(None)
-    assert tables.markdown(["", "b"], [["long", "1"]]) == "|      | b |\n|------|---|\n| long | 1 |"
+    assert cell(metrics.wilson(5, 10)._asdict() | {"unparsed": 2}) == "0.500 [0.237, 0.763] n 10, 2 unread"
+    assert cell(metrics.bootstrap([])._asdict()) == "-" == cell(None)
+    assert markdown(["", "b"], [["long", "1"]]) == "|      | b |\n|------|---|\n| long | 1 |"

@@ -17,8 +17,10 @@ from test_train import KILLED_AFTER_STEP_3, ROOT, Run, equal
 import evaluate
 import train_recover
 from degrade import degrade
-from rr1 import data, image_rewards, recovery, restorer, run_folder, tiny
-from rr1.tiny import pictures, world
+from rr1 import data, run_folder, tiny
+from rr1.u1 import image_rewards, recovery, restorer
+from rr1.u1 import pairs as pictures
+from rr1.tiny import world
 
 SMALL = {"sft": "--steps 2 --batch 4 --micro-batch 4 --side 16 --lr 1e-3 --warmup 1",
          "grpo": "--stage grpo --steps 2 --batch 2 --group-size 4 --micro-batch 8 --sampling-steps 3 --window 0 --lr 1e-4 --warmup 1"}

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rr1.chain import Chain, render
-from rr1.rewards import READINGS, REWARDS, Response, accuracy, choice_index, composite, load_rewards, r_deg, r_len
+from rr1.answers import choice_index
+from rr1.rewards import READINGS, REWARDS, Response, accuracy, composite, load_rewards, r_deg, r_len
 
 STEADY = dict(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TRUTH = [("lens blur", 0.5), ("noise", 0.2)]

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rr1 import figures, run_folder, runtime, shard
+from rr1 import files, run_folder, runtime, shard
 from rr1.runtime import opt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,7 +247,7 @@ def test_resume_with_another_number_of_processes_says_so_and_draws_afresh(tmp_pa
         assert run.load(net, optimizer, own)["total"] == json.loads((folder / "rank-0.json").read_text())["state"]["total"]
         assert all(torch.equal(tensor, weights(tmp_path / name)[key]) for key, tensor in net.state_dict().items())
         assert optimizer.state[net.layer.weight]["step"] == config.steps
-        states[name] = {key: json.dumps(run_folder.to_json(run_folder.get_state(generator))) for key, generator in run._generators(own).items()}
+        states[name] = {key: json.dumps(files.to_json(run_folder.get_state(generator))) for key, generator in run._generators(own).items()}
         assert "2 process(es) wrote it, 1 go on: random states start afresh from seed and step" in capsys.readouterr().out
     assert states["a"] == states["b"] and len(set(states["a"].values())) == 6
     assert all(states["a"][key] != states[other][key] for key in states["a"] for other in ("seed", "step"))
@@ -264,7 +264,7 @@ def test_generators_make_the_round_trip():
     for generator, draw in [(philox, philox.normal), (twister, twister.normal), (random, lambda: random.gauss(0, 1)),
                             (np.random, np.random.standard_normal), (torch.default_generator, lambda: torch.randn(3).tolist())]:
         draw()  # a Gaussian pair is half used up
-        state = json.loads(run_folder.to_json(run_folder.get_state(generator)))
+        state = json.loads(files.to_json(run_folder.get_state(generator)))
         expected = [draw() for _ in range(3)]
         run_folder.set_state(generator, state)
         assert [draw() for _ in range(3)] == expected
@@ -556,8 +556,8 @@ def test_curves(tmp_path, monkeypatch):
     assert loss.lines[0].get_ydata()[0] == 1.0 and len(terms.lines[0].get_xdata()) == 20
     image = matplotlib.image.imread(tmp_path / "curves.png")
     assert image.shape[0] > 200 and image.shape[1] > 600 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
-    assert np.allclose(figures.smooth(np.full(100, 2.0)), 2.0)
-    assert np.allclose(figures.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
+    assert np.allclose(run_folder.smooth(np.full(100, 2.0)), 2.0)
+    assert np.allclose(run_folder.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
 
 
 def test_trackers_are_imported_only_when_asked(tmp_path, monkeypatch):

@@ -18,9 +18,10 @@ from PIL import Image
 
 import train_grpo
 import train_sft
-from rr1 import annotate, data, data_card, run_folder, tiny, vlm
+from rr1 import annotate, data, run_folder, tiny, vlm
+from rr1.annotate import card as data_card
 from rr1.chain import is_well_formed
-from rr1.questions import read_rows
+from rr1.annotate.questions import read_rows
 from rr1.tiny import world
 
 PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared" / "photos"

@@ -13,7 +13,7 @@ import pytest
 from degrade import DEGRADATIONS, sample_degradations
 from rr1 import data, tiny, vlm
 from rr1.chain import TAGS, build_prompt, is_well_formed, parse, render
-from rr1.rewards import choice_index
+from rr1.answers import choice_index
 from rr1.tiny import model as tiny_model
 from rr1.tiny import world
 

@@ -33,5 +33,5 @@ def dataset(split: str) -> str:
 
 def pairs(side: int, seed: int = 0):
     """Damaged and clean pictures of the drawn world, side x side: of its training scenes (seed 0) or its held-out ones (1)."""
-    from rr1.tiny.pictures import Pairs
+    from rr1.u1.pairs import Pairs
     return Pairs(side, seed)

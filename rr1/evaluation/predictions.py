@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from rr1.run_folder import to_json, write_text
+from rr1.files import to_json, write_text
 
 
 def check_meta(folder: Path, meta: dict) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 from rr1.chain import Chain, build_question
-from rr1.rewards import choice_index
-from rr1.run_folder import to_json, write_text
+from rr1.answers import choice_index
+from rr1.files import to_json, write_text
 
 # ---------------------------------------------------------------- the questions
 

@@ -1,4 +1,4 @@
-"""Damaged and clean pictures of the drawn world's scenes: what a restorer learns from (`rr1.recovery.Source`)."""
+"""Damaged and clean pictures of the drawn world's scenes: what a restorer learns from (`rr1.u1.recovery.Source`)."""
 from __future__ import annotations
 
 import os
@@ -11,8 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from degrade import degrade
-from rr1.records import resize
 from rr1.tiny import world
+
+
+def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """By areas where it shrinks, by cubics where it grows."""
+    shrinks = width * height < image.shape[0] * image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def draw(index: int, seed: int, side: int) -> np.ndarray:

@@ -3,7 +3,7 @@
     teacher(step, images=(), attempt=0, **fields) -> text
 
 where `step` is "influence", "reasoning", "conclusion" or "length", `images` are RGB uint8 arrays (H, W, 3), `fields` fill the
-step's template under rr1/prompts/, and another `attempt` may give another answer. There are two:
+step's template under rr1/annotate/prompts/, and another `attempt` may give another answer. There are two:
 
     template_teacher    writes from the fields alone. It needs nothing and never looks at the picture: what it says of the damage is
                         true in general, the answer is the given one, and nothing in between is seen. For trying things out.
@@ -26,8 +26,8 @@ import cv2
 import numpy as np
 
 from rr1.chain import Chain, parse, render
-from rr1.questions import read_rows
-from rr1.run_folder import to_json
+from rr1.annotate.questions import read_rows
+from rr1.files import to_json
 
 STEPS = ("influence", "reasoning", "conclusion", "length")
 PROMPTS = Path(__file__).parent / "prompts"

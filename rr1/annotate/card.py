@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from degrade import STAGES
 from rr1.chain import parse
-from rr1.run_folder import write_text
+from rr1.files import write_text
 
 COLORS = dict(zip(STAGES, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")))
 

@@ -1,6 +1,6 @@
 """Robust-U1's question: does a recovered picture help to answer, and more than words about the damage? Stage III, docs/recover.md.
 
-    python bench/stage_3.py --jobs 2                # the drawn world, two processes at a time -> runs/stage_3/report.md
+    python bench/u1_stage_3.py --jobs 2                # the drawn world, two processes at a time -> runs/stage_3/report.md
 
 The shipped restorer works on 32 x 32, the scenes are 112 x 112: first its weights are taught on at that side (stage I), so that I_r is as fine
 as I_c. Then one base, one number of steps, one seed, the same quarter of the training records; what differs is what is shown and asked for:
@@ -20,16 +20,17 @@ seed of training would change is not in them. Run it again after an interruption
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
-from bench.runs import begin, read_rows, run_all, same_records, train  # noqa: E402
-from rr1 import metrics, restorer, run_folder, runtime, tables, tiny  # noqa: E402
-from rr1.intervals import paired_difference  # noqa: E402
-from rr1.runtime import opt  # noqa: E402
-from rr1.tiny import world  # noqa: E402
+from runs import begin, read_rows, run_all, same_records, train
+from rr1 import files, runtime, tiny
+from rr1.evaluation import metrics
+from rr1.u1 import restorer
+from rr1.evaluation.statistics import paired_difference
+from rr1.runtime import opt
+from rr1.tiny import world
+from rr1.evaluation.statistics import cell, interval, markdown
 
 RESTORER_LR = 1e-3                   # less than half of a new restorer's: this is a second round
 
@@ -81,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     # 4. compare
     result = compare({name: read_rows(out / "eval" / name / name / "predictions.jsonl") for name in ROWS})
     text = report(result)
-    run_folder.write_text(out / "report.json", run_folder.to_json(result, indent=1) + "\n")
-    run_folder.write_text(out / "report.md", text + "\n")
+    files.write_text(out / "report.json", files.to_json(result, indent=1) + "\n")
+    files.write_text(out / "report.md", text + "\n")
     print(f"\n{text}\n\nwritten: {out}/report.md, report.json")
 
 
@@ -97,7 +98,7 @@ def write_shown(out: Path, split: str, kind: str) -> Path:
         human["value"] = "<image>" * len(pictures) + human["value"].replace("<image>", "")
         record["shown_clean"] = record.pop("clean_image", None)             # no longer `clean_image`: each record is asked about once
         lines.append(json.dumps(record | {"image": pictures, "conversations": [human, response]}, ensure_ascii=False) + "\n")
-    run_folder.write_text(path, "".join(lines))
+    files.write_text(path, "".join(lines))
     return path
 
 
@@ -123,9 +124,9 @@ def report(result: dict) -> str:
     return "\n\n".join([
         f"{result['n']} held-out damaged scenes, greedy. Share right (captions: F1 of phrases) [95 % interval] n; low, mid, high: total intensity below 0.5,\n"
         "below 1, above.",
-        tables.markdown(["", *MEASURES.values()], [[titles[name], *(tables.cell(found[m]) for m in MEASURES)] for name, found in result["now"].items()]),
+        markdown(["", *MEASURES.values()], [[titles[name], *(cell(found[m]) for m in MEASURES)] for name, found in result["now"].items()]),
         "Each less `chain`, paired by record; **bold** where the interval is clear of 0.",
-        tables.markdown(["", *MEASURES.values()], [[titles[name], *(tables.interval(found[m]) for m in MEASURES)] for name, found in result["less_chain"].items()])])
+        markdown(["", *MEASURES.values()], [[titles[name], *(interval(found[m]) for m in MEASURES)] for name, found in result["less_chain"].items()])])
 
 
 if __name__ == "__main__":

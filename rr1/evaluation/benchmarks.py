@@ -6,7 +6,7 @@
     *.json    A-OKVQA, beside a COCO folder (--images): each question with its choices, and again without them (direct answer)
 
     python evaluate.py --benchmark MMStar.tsv --levels 0.25 0.5 1
-    python -m rr1.benchmarks damage MMStar.tsv MMStar_hurt.tsv --levels 0.25 0.5 1     # -> MMStar_hurt_25.tsv, .., _100.tsv
+    python -m rr1.evaluation.benchmarks damage MMStar.tsv MMStar_hurt.tsv --levels 0.25 0.5 1     # -> MMStar_hurt_25.tsv, .., _100.tsv
 
 Both damage a picture alike: one type drawn for each picture, the same at every level, fixed by --seed and the picture (in a TSV its bytes).
 RealWorldQA (CC BY-ND) may be damaged at home, but not passed on so.
@@ -50,7 +50,7 @@ def read(path: str | Path, images: str | Path | None, cache: Path) -> list[dict]
     path = Path(path)
     readers = {".tsv": read_tsv, ".csv": read_r_bench, ".json": read_a_okvqa, ".jsonl": read_a_okvqa}
     if not path.is_file() or path.suffix not in readers:
-        raise SystemExit(f"--benchmark {path}: expected a file that ends in {', '.join(readers)}; see rr1/benchmarks.py")
+        raise SystemExit(f"--benchmark {path}: expected a file that ends in {', '.join(readers)}; see rr1/evaluation/benchmarks.py")
     records = readers[path.suffix](path, Path(images) if images else path.parent, cache)
     if not records:
         raise DataError(f"{path}: holds no questions")

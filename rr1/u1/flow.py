@@ -117,3 +117,13 @@ def flow_grpo_loss(logp: Tensor, logp_old: Tensor, advantages: Tensor, kls: Tens
     as `rr1.grpo.policy_loss` has them, and kls summed. n_sequences: paths of the whole optimizer step; default: of this call."""
     loss, statistics = policy_loss(logp, logp_old, advantages, torch.ones_like(logp), clip=clip, n_sequences=n_sequences)
     return loss + beta * kls.mean(1).sum() / (n_sequences or len(kls)), statistics | {"kl": kls.sum().detach()}
+
+
+def noisy_steps(steps: int, window: int, early: int, generator: torch.Generator) -> range:
+    """Which of the sampler's steps carry noise: all of them with window 0, or `window` in a row, drawn from the first `early`."""
+    if not window:
+        return range(steps)
+    if not 0 < window <= early <= steps:
+        raise SystemExit(f"--window {window} --early {early}: a window of noisy steps must fit into the first --early of {steps} steps")
+    first = int(torch.randint(early - window + 1, (), generator=generator))
+    return range(first, first + window)

@@ -10,14 +10,12 @@ these has one message; bars and bands are 95 % intervals.
 from __future__ import annotations
 
 import os
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from rr1.metrics import FORMS, LEVELS, TYPES
+from rr1.evaluation.metrics import FORMS, LEVELS, TYPES
 
 COLORS = ("#7f7f7f", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22")    # the first: base, plain
 Reports = dict[str, dict]
@@ -154,40 +152,3 @@ def length(reports: Reports, all_reports: Reports) -> Figure:
     axes.legend(frameon=False, fontsize=9)
     axes.set_ylim(bottom=0)
     return figure
-
-
-def draw_curves(rows: Sequence[Mapping], panels: Sequence[str], path: Path, title: str) -> None:
-    """Plot rows of metrics over their steps: single steps light, a moving average over them. Panels as in `RunFolder`."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "step"))
-    plots = [(heading, [key for key in keys if any(fnmatchcase(key, name) for name in names.split())])
-             for heading, _, names in (panel.rpartition(": ") for panel in panels or keys)]
-    plots = [(heading or " ".join(names), names) for heading, names in plots if names]
-    columns = min(3, len(plots))
-    lines = -(-len(plots) // columns)
-    figure = Figure(figsize=(4.4 * columns, 2.8 * lines + 0.4), dpi=100, layout="constrained")
-    figure.suptitle(f"{title}, step {rows[-1]['step']}")
-    for place, (heading, names) in enumerate(plots, start=1):
-        axes = figure.add_subplot(lines, columns, place)
-        for colour, name in enumerate(names):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-            axes.plot(steps, values, ".-", linewidth=0.6, markersize=4, alpha=0.35, color=f"C{colour}", markeredgewidth=0)
-            axes.plot(steps, smooth(smooth(values)), linewidth=1.8, color=f"C{colour}", label=name)
-        axes.set_title(heading, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:
-            axes.legend(fontsize=7, frameon=False)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
-
-
-def smooth(values: np.ndarray, share: float = 1 / 15) -> np.ndarray:
-    """Moving average over this share of the curve, over what there is of it at the ends."""
-    here, half = np.arange(len(values)), int(len(values) * share / 2)
-    low, high = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return (total[high] - total[low]) / (high - low)

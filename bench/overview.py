@@ -1,6 +1,6 @@
 """The README's picture: a damaged scene, the chain that the trained model writes about it, and the reward while it learnt.
 
-    python -m rr1.tiny.overview                               # after train_grpo.py; writes docs/overview.png
+    python bench/overview.py                               # after train_grpo.py; writes docs/overview.png
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
-from rr1 import data, figures, runtime, tiny, vlm
+from rr1 import data, run_folder, runtime, tiny, vlm
 from rr1.rollout import sample_group
 from rr1.runtime import opt
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, label in (("reward/deg", "r_deg, Eq. (6)"), ("reward/len", "r_len, Eq. (8)")):
         values = np.array([row[name] for row in rows])
         points, = curve.plot(steps, values, ".", markersize=3, alpha=0.35)
-        curve.plot(steps, figures.smooth(values, 1 / 3), color=points.get_color(), label=label)
+        curve.plot(steps, run_folder.smooth(values, 1 / 3), color=points.get_color(), label=label)
     curve.set(xlabel="GRPO step (dots: each with other pictures)", ylabel="mean reward of what was sampled")
     curve.spines[["top", "right"]].set_visible(False)
     curve.legend(frameon=False, fontsize=8)

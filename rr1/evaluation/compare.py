@@ -1,7 +1,7 @@
 """Runs over one another: their curves as one picture, their held-out figures as one table.
 
-    python -m rr1.compare runs/brevity runs/grpo                                   # -> runs/compare/curves.png, table.md
-    python -m rr1.compare runs/sweep/*-0 runs/sweep/*-1 --evaluation runs/sweep/eval
+    python -m rr1.evaluation.compare runs/brevity runs/grpo                                   # -> runs/compare/curves.png, table.md
+    python -m rr1.evaluation.compare runs/sweep/*-0 runs/sweep/*-1 --evaluation runs/sweep/eval
 
 Runs whose settings differ in nothing but the seed are one setting: they are drawn as one band, from the lowest to the highest seed,
 with the mean as its line. The table needs the answers to the held-out records, which `evaluate.py --models NAME=runs/NAME/model ..
@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from rr1 import metrics, tables
-from rr1.figures import smooth
-from rr1.run_folder import write_text
+from rr1.evaluation import metrics
+from rr1.run_folder import smooth
+from rr1.files import write_text
+from rr1.evaluation.statistics import cell, markdown
 
 NOT_A_SETTING = {"seed", "out", "resume", "save_every", "tracker", "steps"}      # `steps`: a longer run of the same kind is comparable
 CURVES = {"reward": "reward of the run itself", "reward/*": "", "kl": "KL to the reference (nats a token)", "entropy": "entropy (nats a token)",
@@ -94,8 +95,8 @@ def table(groups: dict[str, list[Path]], evaluation: Path) -> str:
             judged = metrics.damaged([metrics.judge(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()])
             found = metrics.summary(judged)
             measures = list(found)
-            lines.append([label, run.name, *(tables.cell(found[m]._asdict()).partition(" n ")[0] for m in measures), str(len(judged))])
-    return tables.markdown(["setting", "run", *measures, "pictures"], lines)
+            lines.append([label, run.name, *(cell(found[m]._asdict()).partition(" n ")[0] for m in measures), str(len(judged))])
+    return markdown(["setting", "run", *measures, "pictures"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:

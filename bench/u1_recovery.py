@@ -1,7 +1,7 @@
 """Robust-U1's recovery in figures: does Flow-GRPO help, and more than the same time of more fine-tuning? The table of docs/recover.md.
 
-    python bench/recovery.py                                       # 3 seeds -> runs/recovery/report.md
-    python bench/recovery.py --seeds 0 --n 64 --grpo="--steps 20"  # a quick look
+    python bench/u1_recovery.py                                       # 3 seeds -> runs/recovery/report.md
+    python bench/u1_recovery.py --seeds 0 --n 64 --grpo="--steps 20"  # a quick look
 
 For each seed: Flow-GRPO as train_recover.py does it by default (grpo-SEED), and the control: the same restorer trained on by stage I
 for as many steps as fit into the seconds that Flow-GRPO's steps took (control-SEED; a few steps are timed first: probe-SEED). Then
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # before this folder, which has a degrade.py of its own
-from bench.runs import seconds, train  # noqa: E402
-from rr1 import data, image_rewards, records, recovery, restorer, run_folder, runtime, tables, tiny  # noqa: E402
-from rr1.intervals import Estimate, bootstrap, paired_difference  # noqa: E402
-from rr1.runtime import opt  # noqa: E402
-from rr1.tiny import world  # noqa: E402
+from runs import seconds, train
+from rr1 import data, files, records, runtime, tiny
+from rr1.u1 import image_rewards, recovery, restorer
+from rr1.evaluation.statistics import Estimate, bootstrap, paired_difference
+from rr1.runtime import opt
+from rr1.tiny import world
+from rr1.evaluation.statistics import interval, markdown
 
 CONTROL_LR = 6e-4                    # 0.3 of the default run's: this is a second round, from the first one's end
 PROBE_STEPS, WARM = 12, 2            # of the timing; the first steps are slower
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     # 3. compare
     took = {name: sum(seconds(out / name)) for name in rows if (out / name).is_dir()}
     result, text = report(scores, seeds, took)
-    run_folder.write_text(out / "report.json", run_folder.to_json(result, indent=1) + "\n")
-    run_folder.write_text(out / "report.md", text + "\n")
+    files.write_text(out / "report.json", files.to_json(result, indent=1) + "\n")
+    files.write_text(out / "report.md", text + "\n")
     print(f"\n{text}\n\nwritten: {out}/report.md, report.json")
 
 
@@ -147,7 +147,7 @@ def trained_reader(out: Path, side: int, steps: int, batch: int = 32) -> Reader:
         optimizer.step()
         if (step + 1) % 100 == 0:
             print(f"reader: step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
-    run_folder.write_bytes(path, save(reader.state_dict()))
+    files.write_bytes(path, save(reader.state_dict()))
     return reader.eval()
 
 
@@ -171,7 +171,7 @@ def scored(out: Path, name: str, shown: Tensor | str, damaged: Tensor, clean: Te
         print(f"{name}: recovers {len(damaged)} pictures", flush=True)
         shift = 1.0 if "equidistant" in name else restorer.SHIFT
         shown = recovery.recover(restorer.Restorer.from_pretrained(shown).eval(), damaged, config.steps, shift=shift)
-        run_folder.write_bytes(out / f"{name}.png", recovery.strip(damaged[:12], shown[:12], clean[:12]))
+        files.write_bytes(out / f"{name}.png", recovery.strip(damaged[:12], shown[:12], clean[:12]))
     found = recovery.measure(shown, clean, encoder)
     found |= {"reward": image_rewards.PIX * found["ssim"] + image_rewards.SEM * found["r_sem"], "read": read_right(judge, shown, scenes)}
     np.savez(path.with_suffix(".tmp.npz"), **found)
@@ -189,15 +189,15 @@ def report(scores: dict[str, dict[str, np.ndarray]], seeds: list[int], took: dic
 
     def line(title: str, name: str) -> list[str]:
         change = gain.get(name, {})
-        cells = [plain(now[name][m]) + (f" ({tables.interval(change[m]._asdict())})" if m in change else "") for m in MEASURES]
+        cells = [plain(now[name][m]) + (f" ({interval(change[m]._asdict())})" if m in change else "") for m in MEASURES]
         return [title, *cells, f"{took[name]:.0f}" if name in took else ""]
 
     lines = [line("damaged", "damaged"), *(line(f"{name} (less damaged)", name) for name in ("stage I", "stage I, equidistant"))]
     lines += [line(f"{title}, seed {s}", f"{kind}-{s}") for kind, title in (("grpo", "stage II"), ("control", "more stage I")) for s in seeds]
-    lines += [[f"stage II less more stage I, seed {s}", *(tables.interval(duel[str(s)][m]._asdict()) for m in MEASURES), ""] for s in seeds]
+    lines += [[f"stage II less more stage I, seed {s}", *(interval(duel[str(s)][m]._asdict()) for m in MEASURES), ""] for s in seeds]
     lines += [line("clean", "clean")]
     n = next(iter(now["damaged"].values())).n
-    table = tables.markdown(["", *MEASURES.values(), "seconds"], lines)
+    table = markdown(["", *MEASURES.values(), "seconds"], lines)
     text = (f"{n} held-out damaged scenes. In brackets: the difference to stage I with its 95 % interval, paired by picture; **bold** where that is\n"
             f"clear of 0. R = SSIM + 0.2 R_sem is the reward of stage II. Read right: things whose shape and colour a reader of clean pictures names.\n\n{table}")
     thirds, parts = recovery.by_damage(scores["damaged"], scores["stage I"], {m: MEASURES[m] for m in ("psnr", "ssim", "read")})

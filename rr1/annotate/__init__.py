@@ -7,7 +7,7 @@ For every question, in the steps of the figure:
     4. conclusion   what follows for the question                                       Eq. (16)
     5. length       the whole chain, as long as the total intensity calls for           Eq. (17), (7)
 
-Steps 2 to 5 are written by a teacher. The default one is offline and does not look at the picture (see rr1/teachers.py); any chat
+Steps 2 to 5 are written by a teacher. The default one is offline and does not look at the picture (see rr1/annotate/teachers.py); any chat
 model that sees pictures takes its place. The questions are A-OKVQA's json, or JSON lines of image, question, choices, answer:
 
     python -m rr1.annotate --data questions.jsonl                                       # offline -> runs/data
@@ -39,13 +39,14 @@ import numpy as np
 from tqdm import tqdm
 
 from degrade import Degradation, degrade, sample_degradations
-from rr1 import data_card, runtime
+from rr1 import runtime
+from rr1.annotate import card as data_card
 from rr1.chain import Chain, build_question, is_well_formed, parse, render
-from rr1.questions import Source, Truth, read_questions, read_rows, write_forms
+from rr1.annotate.questions import Source, Truth, read_questions, read_rows, write_forms
 from rr1.records import DataError, open_image
-from rr1.run_folder import to_json, write_bytes, write_text
+from rr1.files import to_json, write_bytes, write_text
 from rr1.runtime import opt
-from rr1.teachers import STEPS, ChatTeacher, NoAnswer, Rejected, Stop, fill, template_teacher
+from rr1.annotate.teachers import STEPS, ChatTeacher, NoAnswer, Rejected, Stop, fill, template_teacher
 
 Teacher = Callable[..., str]
 
@@ -301,7 +302,3 @@ def work(config: Config, todo: list[Source], teacher: Teacher, done: dict, rejec
 def again(row: dict) -> dict[str, int]:
     """The attempts to make for a rejected question: one more at the step whose answer was of no use."""
     return row["attempts"] | {row["step"]: row["attempts"].get(row["step"], 0) + 1}
-
-
-if __name__ == "__main__":
-    main()

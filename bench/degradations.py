@@ -1,8 +1,8 @@
 """Speed of the sixteen degradations: one thread, 640 x 480, s = 0.9, beside the nearest public equivalent.
 
-    python bench/degrade.py                     # the peer is plain OpenCV / numpy, written below
+    python bench/degradations.py                     # the peer is plain OpenCV / numpy, written below
     pip install albumentations                  # the peer is albumentations where it has such an op
-    python bench/degrade.py --repeats 41
+    python bench/degradations.py --repeats 41
 
 ms are medians over the repeats, ours and the peer's in turn: `wall` by the clock, `cpu` of the thread, which other
 jobs on the machine disturb less. Targets: mean over the ops at most 8 ms, none above 25 ms.
@@ -11,13 +11,11 @@ jobs on the machine disturb less. Targets: mean over the ops at most 8 ms, none 
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from degrade import DEGRADATIONS, degrade  # noqa: E402
+from degrade import DEGRADATIONS, degrade
 
 S = 0.9
 MEAN_TARGET, MAX_TARGET = 8.0, 25.0

@@ -1,8 +1,8 @@
 """Robust-U1's self-recovery at a small scale: a velocity network v(z_t, z_c, t) that turns noise into the clean picture, given the
 damaged one.
 
-    python -m rr1.restorer                                           # the drawn world's splits with recovered pictures -> runs/recovered
-    python -m rr1.restorer --model runs/recover/model --data test.jsonl --images test_images --out recovered
+    python -m rr1.u1.restorer                                           # the drawn world's splits with recovered pictures -> runs/recovered
+    python -m rr1.u1.restorer --model runs/recover/model --data test.jsonl --images test_images --out recovered
 
 writes a data set for stage III: each line's `image` is [damaged, recovered], and its question starts with <image><image>.
 
@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rr1 import data, flow, runtime, tiny
-from rr1.records import resize
-from rr1.run_folder import to_json, write_bytes, write_text
+from rr1 import data, runtime, tiny
+from rr1.u1 import flow
+from rr1.u1.pairs import resize
+from rr1.files import to_json, write_bytes, write_text
 from rr1.runtime import opt
 
 SHIFT = 10.0                         # of a recovery's times: what the damage was is decided near t = 1, so most steps are made there

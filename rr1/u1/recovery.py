@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from degrade import SUFFIXES, degrade, sample_degradations
-from rr1 import data, image_rewards, restorer, tiny
-from rr1.image_rewards import Distance
-from rr1.intervals import bootstrap, paired_difference
-from rr1.records import resize
-from rr1.restorer import to_tensor, to_uint8
-from rr1.tables import cell, interval, markdown
+from rr1 import data, tiny
+from rr1.u1 import image_rewards, restorer
+from rr1.u1.image_rewards import Distance
+from rr1.evaluation.statistics import bootstrap, paired_difference
+from rr1.u1.pairs import resize
+from rr1.u1.restorer import to_tensor, to_uint8
+from rr1.evaluation.statistics import cell, interval, markdown
 
 KEPT = 64                            # pairs of larger sides would make a file of more than a gigabyte: they are drawn when asked for
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem", "lpips": "LPIPS (less is better)"}
@@ -93,16 +94,6 @@ def held_out(source: Source, n: int) -> tuple[Tensor, Tensor]:
     """n pairs that no step trains on: of the drawn world its held-out scenes, of photos other crops of the first ones."""
     source = source.held_out()
     return load_pairs(source, [i % len(source) for i in range(n)], range(n))
-
-
-def noisy_steps(steps: int, window: int, early: int, generator: torch.Generator) -> range:
-    """Which of the sampler's steps carry noise: all of them with window 0, or `window` in a row, drawn from the first `early`."""
-    if not window:
-        return range(steps)
-    if not 0 < window <= early <= steps:
-        raise SystemExit(f"--window {window} --early {early}: a window of noisy steps must fit into the first --early of {steps} steps")
-    first = int(torch.randint(early - window + 1, (), generator=generator))
-    return range(first, first + window)
 
 
 def measure(pictures: Tensor, clean: Tensor, encoder: image_rewards.Encoder, lpips: Distance | None = None, batch: int = 64) -> dict[str, np.ndarray]:

@@ -1,0 +1,1 @@
+"""Robust-U1: recover the picture first, then reason over both."""
