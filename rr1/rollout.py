@@ -30,6 +30,11 @@ class Rollout:
     logps: list[float]
     truncated: bool
 
+    @property
+    def length(self) -> int:
+        """Tokens without the end of turn, which one that was cut off does not have."""
+        return len(self.ids) - (not self.truncated)
+
 
 class Columns(DynamicLayer):
     """Keys and values of one layer in buffers of their final length: a step writes its columns, nothing is copied to grow. Keys are kept
