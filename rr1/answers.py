@@ -1,126 +1,26 @@
-"""What was answered, and is it right? One answer at a time: text in, (score in [0, 1], whether it could be read) out.
+"""Which of some choices an answer means: by index, by letter, by text, or by label and text."""
 
-Answers are read, never guessed at: one that names no choice is wrong and counted as unparsed. Open answers and captions of R-Bench
-are scored by its judge (`rr1.evaluation.votes`); what is computed here instead stands in for that and is reported as "proxy".
-"""
-from __future__ import annotations
-
-from collections import Counter
+from collections.abc import Sequence
 from string import ascii_lowercase
-from typing import Sequence
 
-from rr1.chain import TAGS, parse
-
-BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-
-
-# ---------------------------------------------------------------- which choice, which words
 
 def choice_index(answer: str | int, choices: Sequence[str]) -> int | None:
-    """Which choice is meant by an index, a letter, a text or label and text; None if none is."""
-    indices, letters = [str(i) for i in range(len(choices))], ascii_lowercase[: len(choices)]
+    """Which choice is meant, from 0; None if none is. Tried in order: index, letter, text, both."""
+    indices = [str(i) for i in range(len(choices))]
+    letters = list(ascii_lowercase[: len(choices)])
     texts = [plain(choice) for choice in choices]
-    labelled = [[f"{label} {text}" for label, text in zip(labels, texts)] for labels in (indices, letters)]
-    for forms in (indices, list(letters), texts, *labelled):
-        if plain(answer) in forms:
-            return forms.index(plain(answer))
+    numbered = [f"{index} {text}" for index, text in zip(indices, texts)]
+    lettered = [f"{letter} {text}" for letter, text in zip(letters, texts)]
+    said = plain(answer)
+    for forms in (indices, letters, texts, numbered, lettered):
+        if said in forms:
+            return forms.index(said)
     return None
 
 
 def plain(text: str | int) -> str:
-    return " ".join("".join(" " if mark in ".,:;!?()" else mark for mark in str(text).casefold()).split())
-
-
-# ---------------------------------------------------------------- our own data, the drawn world
-
-def caption_phrases(text: str) -> Counter:
-    """Comma-separated phrases, the ground as one of its own: `a red star top left, a blue ring top right on sand` has three."""
-    things, on, ground = text.rpartition(" on ")
-    phrases = [*things.split(","), f"on {ground}"] if on else text.split(",")
-    return Counter(phrase for phrase in map(plain, phrases) if phrase)
-
-
-def caption_f1(caption: str, truth: str) -> float:
-    """F1 over phrases, each counted once for each time that it stands there."""
-    said, true = caption_phrases(caption), caption_phrases(truth)
-    return 2 * (said & true).total() / max(1, said.total() + true.total())
-
-
-def score_answer(answer: str | None, form: str, truth: str, choices: Sequence[str] | None) -> tuple[float, bool]:
-    """(score in [0, 1], whether there was something to score). An answer that names no choice is wrong and unparsed, never
-    guessed at; a choice may be named by index, letter or text."""
-    if not answer or not answer.strip():
-        return 0.0, False
-    if form == "caption":
-        return caption_f1(answer, truth), True
-    right = choice_index(truth, choices) if choices else None
-    if right is not None:
-        picked = choice_index(answer, choices)
-        return float(picked == right), picked is not None
-    return float(plain(answer) == plain(truth)), True
-
-
-# ---------------------------------------------------------------- benchmarks
-
-def find_answer(response: str, form: str) -> str | None:
-    """The ANSWER part; without one, of an open question or a caption the CONCLUSION; of a text without any tag all of it."""
-    chain = parse(response)
-    answer = chain.answer or (chain.conclusion if form != "choice" else None)
-    return answer or (None if any(tag in response for tag in TAGS) else response)
-
-
-def read_choice(answer: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that is meant, None if that cannot be told. `options`: letter -> text.
-
-    First what is exactly a letter, an option's text, or both. Then the public rule for free text (VLMEvalKit's without a judge): the
-    one letter that stands among the words, if it is one of the last four; otherwise, of an answer at most twice as long as all
-    options, the one option whose text occurs in it. Last an index from 0, unless options are numbers themselves.
-    """
-    said = plain(answer)
-    exact = [a for a, text in options.items() if said in (a.lower(), plain(f"{a} {text}"))]
-    exact = exact or [a for a, text in options.items() if said == plain(text)]
-    if len(exact) == 1:
-        return exact[0]
-    words = answer.translate(BLANKS).split()
-    named = [a for a in options if a in words]
-    if len(named) == 1 and named[0] in words[-4:]:
-        return named[0]
-    if len(answer) <= 2 * sum(map(len, options.values())):
-        found = [a for a, text in options.items() if text.lower() in answer.lower()]
-        if len(found) == 1:
-            return found[0]
-    if said[:1].isdigit() and not any(text[:1].isdigit() for text in options.values()):
-        index = choice_index(answer, list(options.values()))
-        return None if index is None else list(options)[index]
-    return None
-
-
-def rouge_l(said: str, true: str) -> float:
-    """F1 of the longest common subsequence of words."""
-    a, b = plain(said).split(), plain(true).split()
-    longest = [0] * (len(b) + 1)                               # with b[:j], of the words of a so far
-    for word in a:
-        before = longest[:]
-        for j, other in enumerate(b):
-            longest[j + 1] = before[j] + 1 if word == other else max(before[j + 1], longest[j])
-    return 2 * longest[-1] / max(1, len(a) + len(b))
-
-
-def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
-    """(score, whether it could be read) of an answer to a benchmark's question; the row is one of predictions.jsonl.
-
-    choice   1 or 0 (`read_choice`); of A-OKVQA, equality with the right choice
-    direct   A-OKVQA's other score: min(1, number of the ten people who answered so / 3)
-    open     proxy: does the true answer, as whole words, occur in the answer?
-    caption  proxy: mean ROUGE-L over the reference captions
-    """
-    if not answer or not answer.strip():
-        return 0.0, False
-    if row["form"] == "choice":
-        picked = read_choice(answer, dict(zip(row["letters"], row["choices"])))
-        return float(picked == row["answer"]), picked is not None
-    if row["form"] == "direct":
-        return min(1.0, sum(plain(answer) == plain(true) for true in row["references"]) / 3), True
-    if row["form"] == "caption":
-        return sum(rouge_l(answer, true) for true in row["references"]) / len(row["references"]), True
-    return float(f" {plain(row['answer'])} " in f" {plain(answer)} "), True
+    """Words in lower case, without punctuation, one space between them."""
+    text = str(text).casefold()
+    for mark in ".,:;!?()":
+        text = text.replace(mark, " ")
+    return " ".join(text.split())

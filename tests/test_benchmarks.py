@@ -12,8 +12,8 @@ from PIL import Image
 
 import evaluate
 from degrade import degrade
-from rr1 import answers, data
-from rr1.evaluation import benchmarks, metrics, votes
+from rr1 import data
+from rr1.evaluation import benchmarks, metrics, scores, votes
 from rr1.chain import Chain, build_prompt, render
 
 
@@ -161,31 +161,31 @@ def answer(response, plain=True):
     ("B is what I see in this", None), ("A or B", None), ("it is the dog", "B"), ("dog and bird", None), ("E", None), ("", None),
     ("I do not know", None), ("1", "B"), ("0", "A"), ("1. dog", "B"), ("9", None), ("well " * 9 + "a dog", None)])
 def test_a_choice_is_read_and_never_guessed(said, letter):
-    assert answers.read_choice(said, {"A": "cat", "B": "dog", "C": "bird"}) == letter
+    assert scores.read_choice(said, {"A": "cat", "B": "dog", "C": "bird"}) == letter
 
 
 @pytest.mark.parametrize("said, letter", [("2", "A"), ("4", "C"), ("1", None), ("0", None), ("C", "C"), ("3. ", "B")])
 def test_among_numbers_a_number_is_a_text_and_not_an_index(said, letter):
-    assert answers.read_choice(said, {"A": "2", "B": "3", "C": "4"}) == letter
+    assert scores.read_choice(said, {"A": "2", "B": "3", "C": "4"}) == letter
 
 
 def test_the_answer_part_comes_first():
     chain = render(Chain([("noise", .5)], "A veil", "a cat", "a cat sits there", "B"))
-    assert answers.read_choice(chain, {"A": "x", "B": "y"}) is None                       # the public rule alone cannot read a chain
-    assert answers.find_answer(chain, "choice") == answers.find_answer(chain, "caption") == "B"
+    assert scores.read_choice(chain, {"A": "x", "B": "y"}) is None                       # the public rule alone cannot read a chain
+    assert scores.find_answer(chain, "choice") == scores.find_answer(chain, "caption") == "B"
     torn = render(Chain([("noise", .5)], "A veil", "a cat", "a cat sits"))
-    assert answers.find_answer(torn, "choice") is None and answers.find_answer(torn, "open") == "a cat sits"
-    assert answers.find_answer("just B", "choice") == "just B"
+    assert scores.find_answer(torn, "choice") is None and scores.find_answer(torn, "open") == "a cat sits"
+    assert scores.find_answer("just B", "choice") == "just B"
 
 
 def test_proxies_by_hand():
-    assert answers.rouge_l("a dog runs fast", "the dog runs") == pytest.approx(2 * 2 / 7) and answers.rouge_l("", "x") == 0
-    assert answers.rouge_l("c a b", "a b c") == pytest.approx(2 * 2 / 6)
+    assert scores.rouge_l("a dog runs fast", "the dog runs") == pytest.approx(2 * 2 / 7) and scores.rouge_l("", "x") == 0
+    assert scores.rouge_l("c a b", "a b c") == pytest.approx(2 * 2 / 6)
     row = {"form": "open", "answer": "No"}
-    assert answers.score_benchmark("no, it is not", row) == (1, True) and answers.score_benchmark("nothing", row) == (0, True)
-    assert answers.score_benchmark(" ", row) == (0, False)
+    assert scores.score_benchmark("no, it is not", row) == (1, True) and scores.score_benchmark("nothing", row) == (0, True)
+    assert scores.score_benchmark(" ", row) == (0, False)
     row = {"form": "caption", "references": ["a dog", "two cats"], "answer": "a dog"}
-    assert answers.score_benchmark("a dog", row)[0] == pytest.approx((1 + 0) / 2)
+    assert scores.score_benchmark("a dog", row)[0] == pytest.approx((1 + 0) / 2)
 
 
 def test_the_report_of_r_bench(tmp_path):

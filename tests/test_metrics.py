@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from degrade import Degradation
-from rr1 import answers
+from rr1.evaluation import scores
 from rr1.evaluation import figures, metrics
 from rr1.chain import Chain, render
 from rr1.rewards import r_deg
@@ -81,26 +81,26 @@ def test_mcnemar_known_values(gained, lost, p):
 
 def test_caption_f1_by_hand():
     true = "a red star top left, a blue ring top right on sand"
-    assert answers.caption_phrases(true) == Counter(["a red star top left", "a blue ring top right", "on sand"])
-    assert answers.caption_f1(true, true) == 1
-    assert answers.caption_f1("A blue ring top right, a red star  top left on SAND.", true) == 1      # order, case, marks do not count
-    assert answers.caption_f1("a red star top left on sand", true) == pytest.approx(2 * 2 / (2 + 3))
-    assert answers.caption_f1("a red star top left, a red star top left on sand", true) == pytest.approx(2 * 2 / (3 + 3))
-    assert answers.caption_f1("a red star top left, a blue ring top right on grass", true) == pytest.approx(2 / 3)
-    assert answers.caption_f1("nothing", true) == 0 == answers.caption_f1("", "")
+    assert scores.caption_phrases(true) == Counter(["a red star top left", "a blue ring top right", "on sand"])
+    assert scores.caption_f1(true, true) == 1
+    assert scores.caption_f1("A blue ring top right, a red star  top left on SAND.", true) == 1      # order, case, marks do not count
+    assert scores.caption_f1("a red star top left on sand", true) == pytest.approx(2 * 2 / (2 + 3))
+    assert scores.caption_f1("a red star top left, a red star top left on sand", true) == pytest.approx(2 * 2 / (3 + 3))
+    assert scores.caption_f1("a red star top left, a blue ring top right on grass", true) == pytest.approx(2 / 3)
+    assert scores.caption_f1("nothing", true) == 0 == scores.caption_f1("", "")
 
 
 @pytest.mark.parametrize("answer, expected", [
     ("2", (1, True)), ("c", (1, True)), ("Blue.", (1, True)), ("2. blue", (1, True)), ("1", (0, True)), ("white", (0, True)),
     ("4", (0, False)), ("purple", (0, False)), ("red or blue", (0, False)), ("", (0, False)), (None, (0, False))])
 def test_a_choice_by_index_letter_or_text_and_never_guessed(answer, expected):
-    assert answers.score_answer(answer, "choice", "2", CHOICES) == expected
+    assert scores.score_answer(answer, "choice", "2", CHOICES) == expected
 
 
 def test_open_answers():
-    assert answers.score_answer(" Top left. ", "open", "top left", None) == (1, True)
-    assert answers.score_answer("left", "open", "top left", None) == (0, True)
-    assert answers.score_answer(None, "open", "top left", None) == (0, False)
+    assert scores.score_answer(" Top left. ", "open", "top left", None) == (1, True)
+    assert scores.score_answer("left", "open", "top left", None) == (0, True)
+    assert scores.score_answer(None, "open", "top left", None) == (0, False)
 
 
 @pytest.mark.parametrize("said, true, matched, error", [

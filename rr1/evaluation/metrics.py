@@ -1,6 +1,6 @@
 """What an evaluation reports, computed from the rows of predictions.jsonl and nothing else.
 
-    one prediction   judge, count_types           (what is right: rr1.answers)
+    one prediction   judge, count_types           (what is right: rr1.evaluation.scores)
     many             measures, level, table_1, table_2, categories, versus, figure_6, confusion, report
     as text          report_text  (how sure: rr1.evaluation.statistics)
 
@@ -17,7 +17,7 @@ from typing import Sequence
 import numpy as np
 
 from degrade import DEGRADATIONS, Degradation
-from rr1.answers import find_answer, score_answer, score_benchmark
+from rr1.evaluation.scores import find_answer, score_answer, score_benchmark
 from rr1.chain import is_well_formed, parse
 from rr1.evaluation.statistics import Estimate, bootstrap, bootstrap_cells, mcnemar, paired_difference, wilson
 from rr1.rewards import r_deg, r_len
@@ -261,7 +261,7 @@ def report_text(reports: dict[str, dict]) -> str:
             blocks.extend([title, markdown(["", *names], [[name_of(key), *(text(part.get(key)) for part in of)] for key in keys])])
 
     table("Table 1: damaged pictures by strength (a benchmark's own, or total intensity: low < 0.5, mid < 1, high). Choice and open: share\n"
-          "right; captions: F1 of phrases; \"proxy\" and \"votes\": see rr1/answers.py and rr1/evaluation/votes.py. value [95 % interval] n. An unread\n"
+          "right; captions: F1 of phrases; \"proxy\" and \"votes\": see rr1/evaluation/scores.py and rr1/evaluation/votes.py. value [95 % interval] n. An unread\n"
           "answer counts as wrong. Overall is the plain mean of the nine cells.", [r["table_1"] for r in reports.values()])
     table("Table 2: choice questions on the clean picture and on it damaged by one type at each intensity: share right.",
           [r["table_2"] for r in reports.values()])

@@ -24,7 +24,7 @@ from typing import Sequence
 
 from tqdm import tqdm
 
-from rr1.answers import find_answer
+from rr1.evaluation.scores import find_answer
 
 ROUNDS, MOST = {"choice": 5, "open": 5}, {"choice": 1, "open": 2, "caption": 2}
 TASKS = {"choice": "Does the answer choose what the correct answer is? Reply with 1 for yes or 0 for no.",

@@ -1,0 +1,132 @@
+"""Is an answer right? Text in, (score in [0, 1], whether it could be read) out.
+
+Answers are read, never guessed at: one that names no choice is wrong and counted as unparsed. Open
+answers and captions of R-Bench are scored by its judge (`rr1.evaluation.votes`); what is computed
+here instead stands in for that and is reported as "proxy".
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rr1.answers import choice_index, plain
+from rr1.chain import TAGS, parse
+
+BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+# ---------------------------------------------------------------- our own data, the drawn world
+
+
+def caption_phrases(text: str) -> Counter:
+    """Comma-separated phrases, the ground as one of its own.
+
+    `a red star top left, a blue ring top right on sand` has three.
+    """
+    things, on, ground = text.rpartition(" on ")
+    phrases = [*things.split(","), f"on {ground}"] if on else text.split(",")
+    return Counter(phrase for phrase in map(plain, phrases) if phrase)
+
+
+def caption_f1(caption: str, truth: str) -> float:
+    """F1 over phrases, each counted once for each time that it stands there."""
+    said, true = caption_phrases(caption), caption_phrases(truth)
+    return 2 * (said & true).total() / max(1, said.total() + true.total())
+
+
+def score_answer(
+    answer: str | None, form: str, truth: str, choices: Sequence[str] | None
+) -> tuple[float, bool]:
+    """(score, whether there was something to score) of an answer to a question of our own data.
+
+    An answer that names no choice is wrong and unparsed; a choice may be named by index, letter or
+    text.
+    """
+    if not answer or not answer.strip():
+        return 0.0, False
+    if form == "caption":
+        return caption_f1(answer, truth), True
+    right = choice_index(truth, choices) if choices else None
+    if right is None:
+        return float(plain(answer) == plain(truth)), True
+    picked = choice_index(answer, choices)
+    return float(picked == right), picked is not None
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def find_answer(response: str, form: str) -> str | None:
+    """The ANSWER section; without one, the CONCLUSION of an open question or a caption.
+
+    Of a text without any tag all of it, None where a chain holds neither.
+    """
+    chain = parse(response)
+    answer = chain.answer
+    if not answer and form != "choice":
+        answer = chain.conclusion
+    if not answer and not any(tag in response for tag in TAGS):
+        answer = response
+    return answer or None
+
+
+def read_choice(answer: str, options: dict[str, str]) -> str | None:
+    """The letter of the option that is meant, None if that cannot be told. `options`: letter ->
+    text.
+
+    First what is exactly a letter, an option's text, or both. Then the public rule for free text
+    (VLMEvalKit's without a judge): the one letter that stands among the words, if it is one of the
+    last four; otherwise, of an answer at most twice as long as all options, the one option whose
+    text occurs in it. Last an index from 0, unless options are numbers themselves.
+    """
+    said = plain(answer)
+    exact = [a for a, text in options.items() if said in (a.lower(), plain(f"{a} {text}"))]
+    exact = exact or [a for a, text in options.items() if said == plain(text)]
+    if len(exact) == 1:
+        return exact[0]
+    words = answer.translate(BLANKS).split()
+    named = [a for a in options if a in words]
+    if len(named) == 1 and named[0] in words[-4:]:
+        return named[0]
+    if len(answer) <= 2 * sum(map(len, options.values())):
+        found = [a for a, text in options.items() if text.lower() in answer.lower()]
+        if len(found) == 1:
+            return found[0]
+    options_are_numbers = any(text[:1].isdigit() for text in options.values())
+    if said[:1].isdigit() and not options_are_numbers:
+        index = choice_index(answer, list(options.values()))
+        return None if index is None else list(options)[index]
+    return None
+
+
+def rouge_l(said: str, true: str) -> float:
+    """F1 of the longest common subsequence of words."""
+    words, truth = plain(said).split(), plain(true).split()
+    longest = [0] * (len(truth) + 1)  # with truth[:j], of the words so far
+    for word in words:
+        before = longest[:]
+        for j, other in enumerate(truth):
+            longest[j + 1] = before[j] + 1 if word == other else max(before[j + 1], longest[j])
+    return 2 * longest[-1] / max(1, len(words) + len(truth))
+
+
+def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
+    """(score, whether it could be read) of an answer to a benchmark's question, a row of
+    predictions.jsonl.
+
+    choice   1 or 0 (`read_choice`); of A-OKVQA, equality with the right choice
+    direct   A-OKVQA's other score: min(1, number of the ten people who answered so / 3)
+    open     proxy: does the true answer, as whole words, occur in the answer?
+    caption  proxy: mean ROUGE-L over the reference captions
+    """
+    if not answer or not answer.strip():
+        return 0.0, False
+    if row["form"] == "choice":
+        picked = read_choice(answer, dict(zip(row["letters"], row["choices"])))
+        return float(picked == row["answer"]), picked is not None
+    if row["form"] == "direct":
+        agreeing = sum(plain(answer) == plain(true) for true in row["references"])
+        return min(1.0, agreeing / 3), True
+    if row["form"] == "caption":
+        scores = [rouge_l(answer, true) for true in row["references"]]
+        return sum(scores) / len(scores), True
+    return float(f" {plain(row['answer'])} " in f" {plain(answer)} "), True
