@@ -1,10 +1,11 @@
-"""Eq. 10-12: advantages, clipped loss and KL, against numbers by hand and a slow literal writing of the equations."""
+"""Eq. 10-12: advantages, clipped loss and KL, against numbers by hand and a literal writing."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from test_house import count
 
 import rr1.grpo
 from rr1.grpo import LOSSES, group_advantages, kl_to_reference, policy_loss
@@ -14,7 +15,7 @@ N, L = 6, 5
 
 
 def batch(seed=0):
-    """Random float64 inputs whose ratios fall below, inside and above the clip range, with ragged lengths."""
+    """Random float64 inputs of ragged lengths; ratios fall below, inside and above the clip."""
     g = torch.Generator().manual_seed(seed)
     logp = -3 * torch.rand(N, L, generator=g, dtype=f64)
     logp_old = logp + 0.5 * torch.randn(N, L, generator=g, dtype=f64)
@@ -82,7 +83,9 @@ def test_k3_is_never_negative_and_0_where_equal():
 
 def test_k3_averages_to_the_true_kl_under_the_policy():
     p, q = torch.tensor([0.5, 0.3, 0.2], dtype=f64), torch.tensor([0.2, 0.2, 0.6], dtype=f64)
-    torch.testing.assert_close((p * kl_to_reference(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
+    torch.testing.assert_close(
+        (p * kl_to_reference(p.log(), q.log())).sum(), (p * (p / q).log()).sum()
+    )
 
 
 def test_the_gradient_of_the_kl_term_contains_the_reference():
@@ -93,7 +96,9 @@ def test_the_gradient_of_the_kl_term_contains_the_reference():
     assert ((here - moved).abs() > 1e-4)[mask].all()
     _, without, _ = loss_and_gradient(*args)
     lengths = mask.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(here - without, 0.1 * (1 - (logp_ref - logp).exp()) * mask / lengths / N)
+    torch.testing.assert_close(
+        here - without, 0.1 * (1 - (logp_ref - logp).exp()) * mask / lengths / N
+    )
 
 
 def test_the_reference_only_informs_where_beta_is_0():
@@ -101,7 +106,9 @@ def test_the_reference_only_informs_where_beta_is_0():
     plain = loss_and_gradient(logp, logp_old, advantages, mask)
     watched = loss_and_gradient(logp, logp_old, advantages, mask, logp_ref=logp_ref)
     assert torch.equal(plain[0], watched[0]) and torch.equal(plain[1], watched[1])
-    torch.testing.assert_close(watched[2]["kl"], kl_to_reference(logp, logp_ref)[mask].sum().detach())
+    torch.testing.assert_close(
+        watched[2]["kl"], kl_to_reference(logp, logp_ref)[mask].sum().detach()
+    )
     assert "kl" not in plain[2]
 
 
@@ -124,7 +131,10 @@ def test_truth_table_of_the_clip(loss, A, ratio, flows):
     )
     torch.testing.assert_close(gradient.item(), -A * ratio if flows else 0.0)
     torch.testing.assert_close(value.item(), -A * ratio if flows else -A * (1.2 if A > 0 else 0.8))
-    assert (statistics["clip_low"], statistics["clip_high"]) == (not flows and A < 0, not flows and A > 0)
+    assert (statistics["clip_low"], statistics["clip_high"]) == (
+        not flows and A < 0,
+        not flows and A > 0,
+    )
 
 
 @pytest.mark.parametrize("ratio, flows", [(1.19, True), (1.25, True), (1.29, False)])
@@ -158,14 +168,20 @@ def literal(logp, logp_old, logp_ref, advantages, mask, low, high, beta, loss, m
             q = logp_ref[n][t] - logp[n][t]
             objective -= beta * (math.exp(q) - q - 1)
             slope -= beta * (1 - math.exp(q))
-            weight = {"grpo": 1 / (lengths[n] * N), "dr_grpo": 1 / (N * max_length), "dapo": 1 / sum(lengths)}[loss]
+            weight = {
+                "grpo": 1 / (lengths[n] * N),
+                "dr_grpo": 1 / (N * max_length),
+                "dapo": 1 / sum(lengths),
+            }[loss]
             total -= weight * objective
             gradient[n][t] = -weight * slope
     return total, gradient
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("low, high, beta", [(0.2, 0.2, 0.0), (0.2, 0.28, 0.04), (0.1, 0.5, 1.0), (0.2, 0.2, 0.04)])
+@pytest.mark.parametrize(
+    "low, high, beta", [(0.2, 0.2, 0.0), (0.2, 0.28, 0.04), (0.1, 0.5, 1.0), (0.2, 0.2, 0.04)]
+)
 def test_equals_the_literal_writing(loss, low, high, beta):
     for seed in range(5):
         logp, logp_old, logp_ref, advantages, mask = batch(seed)
@@ -176,9 +192,13 @@ def test_equals_the_literal_writing(loss, low, high, beta):
             logp_ref=logp_ref, beta=beta, loss=loss, max_length=9,
         )  # fmt: skip
         torch.testing.assert_close(value.item(), expected_loss, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, torch.tensor(expected_gradient, dtype=f64), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            gradient, torch.tensor(expected_gradient, dtype=f64), rtol=1e-12, atol=1e-12
+        )
         if seed == 0:
-            assert statistics["clip_low"] > 0 and statistics["clip_high"] > 0  # the batch does reach the clip
+            assert (
+                statistics["clip_low"] > 0 and statistics["clip_high"] > 0
+            )  # the batch does reach the clip
 
 
 # ---------------------------------------------------------------- at the first update
@@ -188,7 +208,9 @@ def test_equals_the_literal_writing(loss, low, high, beta):
 def test_at_ratio_1_the_loss_is_0_and_its_gradient_is_not(loss):
     logp, *_ = batch()
     advantages = group_advantages(torch.tensor([[1.0, 2, 3], [0, 0, 1]], dtype=f64)).flatten()
-    value, gradient, statistics = loss_and_gradient(logp, logp.detach(), advantages, torch.ones(N, L), loss=loss)
+    value, gradient, statistics = loss_and_gradient(
+        logp, logp.detach(), advantages, torch.ones(N, L), loss=loss
+    )
     assert abs(value) < 1e-15
     torch.testing.assert_close(gradient, -advantages[:, None].expand(N, L) / (N * L))  # REINFORCE
     assert statistics["ratio"] == statistics["tokens"] == N * L
@@ -203,12 +225,16 @@ def test_at_ratio_1_the_loss_is_0_and_its_gradient_is_not(loss):
 def test_the_split_into_micro_batches_changes_nothing(loss, split):
     logp, logp_old, logp_ref, advantages, mask = batch()
     options = dict(clip_high=0.28, beta=0.04, loss=loss, max_length=8)
-    whole, gradient, sums = loss_and_gradient(logp, logp_old, advantages, mask, logp_ref=logp_ref, **options)
+    whole, gradient, sums = loss_and_gradient(
+        logp, logp_old, advantages, mask, logp_ref=logp_ref, **options
+    )
     total, gradients, added = 0.0, torch.zeros(N, L, dtype=f64), dict.fromkeys(sums, 0)
     start = 0
     for size in split:
         rows = slice(start, start + size)
-        width = int(mask[rows].sum(dim=1).max())  # each micro-batch is padded only as far as it must be
+        width = int(
+            mask[rows].sum(dim=1).max()
+        )  # each micro-batch is padded only as far as it must be
         part, part_gradient, statistics = loss_and_gradient(
             logp[rows, :width], logp_old[rows, :width], advantages[rows], mask[rows, :width],
             logp_ref=logp_ref[rows, :width], n_sequences=N, n_tokens=int(mask.sum()), **options,
@@ -227,7 +253,14 @@ def test_the_split_into_micro_batches_changes_nothing(loss, split):
 def test_the_defaults_are_those_of_the_call(loss):
     logp, logp_old, _, advantages, mask = batch()
     given = loss_and_gradient(
-        logp, logp_old, advantages, mask, loss=loss, n_sequences=N, n_tokens=int(mask.sum()), max_length=L
+        logp,
+        logp_old,
+        advantages,
+        mask,
+        loss=loss,
+        n_sequences=N,
+        n_tokens=int(mask.sum()),
+        max_length=L,
     )
     default = loss_and_gradient(logp, logp_old, advantages, mask, loss=loss)
     assert torch.equal(given[0], default[0]) and torch.equal(given[1], default[1])
@@ -237,7 +270,11 @@ def test_the_losses_weigh_tokens_as_they_say():
     # At ratio 1 the gradient is -A times a token's weight: lengths 1 and 3, longest possible 4.
     logp, advantages = torch.zeros(2, 3, dtype=f64), -torch.ones(2, dtype=f64)
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
-    for loss, short, long in [("grpo", 1 / 2, 1 / 6), ("dr_grpo", 1 / 8, 1 / 8), ("dapo", 1 / 4, 1 / 4)]:
+    for loss, short, long in [
+        ("grpo", 1 / 2, 1 / 6),
+        ("dr_grpo", 1 / 8, 1 / 8),
+        ("dapo", 1 / 4, 1 / 4),
+    ]:
         _, gradient, _ = loss_and_gradient(logp, logp, advantages, mask, loss=loss, max_length=4)
         torch.testing.assert_close(gradient, torch.tensor([[short, 0, 0], [long] * 3], dtype=f64))
 
@@ -249,9 +286,13 @@ def test_the_losses_weigh_tokens_as_they_say():
 @pytest.mark.parametrize("filler", [-math.inf, math.nan, 1e9])
 def test_what_stands_in_the_padding_does_not_matter(loss, filler):
     logp, logp_old, logp_ref, advantages, mask = batch()
-    clean = loss_and_gradient(logp, logp_old, advantages, mask, logp_ref=logp_ref, beta=0.1, loss=loss)
+    clean = loss_and_gradient(
+        logp, logp_old, advantages, mask, logp_ref=logp_ref, beta=0.1, loss=loss
+    )
     dirty = [x.detach().masked_fill(~mask, filler) for x in (logp, logp_old, logp_ref)]
-    value, gradient, _ = loss_and_gradient(*dirty[:2], advantages, mask, logp_ref=dirty[2], beta=0.1, loss=loss)
+    value, gradient, _ = loss_and_gradient(
+        *dirty[:2], advantages, mask, logp_ref=dirty[2], beta=0.1, loss=loss
+    )
     assert torch.equal(value, clean[0]) and torch.equal(gradient, clean[1])
     assert gradient[~mask].eq(0).all()
 
@@ -276,7 +317,9 @@ def test_a_response_masked_everywhere_is_not_nan(loss, normalisers):
 def test_masks_of_any_type(dtype):
     logp, logp_old, _, advantages, mask = batch()
     expected = loss_and_gradient(logp, logp_old, advantages, mask)
-    assert torch.equal(loss_and_gradient(logp, logp_old, advantages, mask.to(dtype))[1], expected[1])
+    assert torch.equal(
+        loss_and_gradient(logp, logp_old, advantages, mask.to(dtype))[1], expected[1]
+    )
 
 
 # ---------------------------------------------------------------- the interface
@@ -304,7 +347,9 @@ def test_errors_say_what_came():
 
 
 def test_the_file_stays_short_and_pure():
-    source = Path(rr1.grpo.__file__).read_text()
-    assert len(source.splitlines()) < 120
-    imports = [line for line in source.splitlines() if line.startswith(("import", "from"))]
+    source = Path(rr1.grpo.__file__)
+    tokens, lines = count(source)
+    assert tokens <= 750 and lines <= 80
+    lines = source.read_text().splitlines()
+    imports = [line for line in lines if line.startswith(("import", "from"))]
     assert imports == ["import torch", "from torch import Tensor"]
