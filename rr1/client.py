@@ -1,0 +1,186 @@
+"""A chat model behind any OpenAI-compatible endpoint: the teacher and the judge are asked here.
+
+The `openai` client itself repeats a request after 408, 409, 429, 5xx, silence and a lost
+connection, and waits as long as Retry-After says, up to two minutes. This file adds: how many
+requests go out in a minute, replies that are no chat completion, and which errors end everything.
+The key comes from the environment variable OPENAI_API_KEY and goes into the request's header only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+BUSY = (408, 409, 425, 429)
+PAUSE = 1.0  # seconds before a server that did not send a chat completion is asked again
+
+
+class Stop(Exception):
+    """No request can succeed any more: the key is refused, the money is spent, or Ctrl-C."""
+
+
+class NoAnswer(Exception):
+    """The server gave no answer, however often it was asked."""
+
+
+class Refused(Exception):
+    """The server refuses this one request. Others may be answered."""
+
+
+@dataclass
+class Reply:
+    """One answer. `finish` is "stop", "length", "content_filter", ..; tokens are None if unknown."""
+
+    text: str
+    finish: str | None
+    refusal: str
+    tokens_in: int | None
+    tokens_out: int | None
+
+
+class ChatClient:
+    """Asks one model; safe to call from many threads.
+
+    base_url     the endpoint, such as http://localhost:8000/v1; empty: OpenAI's
+    per_minute   requests a minute, repeated ones included; 0: as many as will go
+    retries      how often a request is repeated
+    timeout      seconds of silence after which a request counts as failed
+    flag         the command-line flag that named the model, for error messages
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str = "",
+        *,
+        max_tokens: int | None = None,
+        per_minute: float = 0.0,
+        retries: int = 6,
+        timeout: float = 120.0,
+        flag: str = "--teacher",
+    ):
+        try:
+            import openai
+        except ImportError:
+            raise SystemExit(f"{flag} {model} needs openai: pip install openai") from None
+        self._openai = openai
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not self._key and not base_url:
+            raise SystemExit(
+                f"{flag} {model}: put your key into the environment variable OPENAI_API_KEY, "
+                "or give the address of a server of your own"
+            )
+        self.model, self.retries = model, retries
+        self._limit = {} if max_tokens is None else {"max_tokens": max_tokens}
+        self._interval = 60 / per_minute if per_minute else 0.0
+        self._next_turn, self._lock = 0.0, threading.Lock()
+        self.stopped, self.why = threading.Event(), ""
+        self._client = openai.OpenAI(
+            api_key=self._key or "none",
+            base_url=base_url or None,
+            max_retries=retries,
+            timeout=timeout,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._wait_for_turn]}),
+        )
+
+    def ask(self, prompt: str, images: Sequence[str] = ()) -> Reply:
+        """The model's answer to a text and pictures (as URLs). Raises Stop, NoAnswer or Refused."""
+        content = [{"type": "text", "text": prompt}]
+        content += [{"type": "image_url", "image_url": {"url": image}} for image in images]
+        message = {"role": "user", "content": content if images else prompt}
+        for _ in range(self.retries + 1):
+            reply = read_reply(self._request(message))
+            if reply is not None:
+                return reply
+            self.stopped.wait(PAUSE)
+        raise NoAnswer(f"{self.retries + 1} times what came was not a chat completion")
+
+    def stop(self, why: str) -> Stop:
+        """Let no thread ask anything more; returns the exception that says why."""
+        self.why = self.why or why
+        self.stopped.set()
+        return Stop(self.why)
+
+    def _request(self, message: dict) -> Any:
+        """The JSON of one reply; None where it is not JSON."""
+        limit = self._limit
+        try:
+            raw = self._client.chat.completions.with_raw_response.create(
+                model=self.model, messages=[message], **limit
+            )
+            return raw.http_response.json()
+        except self._openai.APIStatusError as error:
+            if error.status_code == 400 and "max_completion_tokens" in str(error) and limit:
+                new_limit = {"max_completion_tokens": list(limit.values())[0]}
+                if new_limit != limit:  # models that think first want the new name
+                    self._limit = new_limit
+                    return self._request(message)
+            raise self._meaning(error) from None
+        except self._openai.APIConnectionError as error:
+            if self.stopped.is_set():
+                raise Stop(self.why) from None
+            raise NoAnswer(self._without_key(f"{error} ({error.__cause__})")) from None
+        except ValueError:
+            return None
+
+    def _meaning(self, error: Any) -> Exception:
+        """What an HTTP status means for this request and for all others."""
+        status, problem = error.status_code, f"HTTP {error.status_code}"
+        if status in (401, 403):
+            return self.stop(f"{problem}: the key in OPENAI_API_KEY was not accepted")
+        if status == 402:
+            return self.stop(f"{problem}: the account has no money left")
+        if status == 404:
+            where = self._client.base_url
+            return self.stop(f"{problem}: there is no model {self.model!r} at {where}")
+        problem = self._without_key(f"{problem}: {error.message}")
+        if status >= 500 or status in BUSY:
+            return NoAnswer(f"asked {self.retries + 1} times, last: {problem}")
+        return Refused(problem)
+
+    def _wait_for_turn(self, _request: Any = None) -> None:
+        """Called before a request goes out: return when it may, raise Stop where none may."""
+        with self._lock:
+            start = max(self._next_turn, time.monotonic())
+            self._next_turn = start + self._interval
+        if self.stopped.wait(max(0.0, start - time.monotonic())):
+            raise Stop(self.why)
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def read_reply(body: Any) -> Reply | None:
+    """What the JSON of a chat completion says; None if it is not one. Never raises."""
+    choices = _field(body, "choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = _field(choice, "message")
+    if message is None:
+        return None
+    usage = _field(body, "usage")
+    return Reply(
+        text=_text(_field(message, "content")),
+        finish=_field(choice, "finish_reason"),
+        refusal=_text(_field(message, "refusal")),
+        tokens_in=_count(_field(usage, "prompt_tokens")),
+        tokens_out=_count(_field(usage, "completion_tokens")),
+    )
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _text(content: Any) -> str:
+    """A string, a list of parts, or nothing, as a text that can be written in UTF-8."""
+    if isinstance(content, list):
+        content = "".join(_text(_field(part, "text")) for part in content)
+    text = content if isinstance(content, str) else ""
+    return text.encode(errors="replace").decode()  # half an emoji becomes "?"
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and 0 <= value < 1e12 else None
