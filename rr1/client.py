@@ -6,8 +6,6 @@ requests go out in a minute, replies that are no chat completion, and which erro
 The key comes from the environment variable OPENAI_API_KEY and goes into the request's header only.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -32,7 +30,7 @@ class Refused(Exception):
 
 @dataclass
 class Reply:
-    """One answer. `finish` is "stop", "length", "content_filter", ..; tokens are None if unknown."""
+    """One answer. `finish` is "stop", "length" or "content_filter"; unknown tokens are None."""
 
     text: str
     finish: str | None

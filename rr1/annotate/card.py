@@ -1,98 +1,91 @@
-"""What a data set of chains holds, as a page of text and a picture: types by stage, intensities, chain length against total
-intensity (Figure 3's shape), vocabulary."""
-from __future__ import annotations
+"""What a data set of chains holds, as a page of text and a picture.
 
-import os
+Types by stage, intensities, and chain length against total intensity (Figure 3's shape).
+"""
+
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from degrade import STAGES
-from rr1.chain import parse
-from rr1.files import write_text
+from rr1 import files
 
 COLORS = dict(zip(STAGES, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")))
 
 
-def write(rows: Sequence[dict], out: Path, rejected: Sequence[dict], paid: str, target: Callable[[float], int]) -> str:
-    """Write out/card.txt and out/card.png for lines of train.jsonl; returns the text. `target`: words for a total intensity."""
-    types = Counter(d["type"] for row in rows for d in row["degradations"])
-    intensities = np.array([d["intensity"] for row in rows for d in row["degradations"]])
-    totals = np.array([sum(d["intensity"] for d in row["degradations"]) for row in rows])
-    chains = [row["conversations"][1]["value"] for row in rows]
-    lengths = np.array([len(chain.split()) for chain in chains])
-    words = Counter(word for chain in chains for word in prose(chain))
-    text = "\n".join(_lines(rows, types, intensities, totals, lengths, words, rejected, paid, target)) + "\n"
-    write_text(out / "card.txt", text)
-    temporary = out / "card.png.tmp"
-    _draw(types, intensities, totals, lengths, words, target).savefig(temporary, format="png")
-    os.replace(temporary, out / "card.png")
-    return text
+def total_intensity(row: dict) -> float:
+    """The sum of s over a picture's degradations."""
+    return sum(d["intensity"] for d in row["degradations"])
 
 
-def prose(chain: str) -> list[str]:
-    """The words of a chain's three texts, in lower case."""
-    read = parse(chain)
-    return re.findall(r"[a-z]+(?:'[a-z]+)?", " ".join(filter(None, (read.influence, read.reasoning, read.conclusion))).lower())
+class Card:
+    """The figures of a data set: lines of train.jsonl, and the words each chain should have."""
 
+    def __init__(self, rows: Sequence[dict], aims: Sequence[int]):
+        self.rows, self.aims = rows, np.array(aims)
+        damages = [d for row in rows for d in row["degradations"]]
+        self.types = Counter(d["type"] for d in damages)
+        self.intensities = [d["intensity"] for d in damages]
+        self.totals = np.array([total_intensity(row) for row in rows])
+        self.chains = [row["conversations"][1]["value"] for row in rows]
+        self.words = np.array([len(chain.split()) for chain in self.chains])
 
-def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's; None where one of the two does not vary."""
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 and x.std() and y.std() else None
+    def text(self, rejected: Sequence[dict], paid: str) -> str:
+        """`rejected`: lines of rejected.jsonl; `paid`: what the teacher cost."""
+        n, total, words = len(self.rows), self.totals, self.words
+        with_choices = sum(bool(row["choices"]) for row in self.rows)
+        lines = [
+            f"{n} questions, {len(self.intensities)} degradations "
+            f"({len(self.intensities) / n:.2f} a picture), {with_choices} with choices",
+            f"{paid}\n",
+        ]
+        for stage, names in STAGES.items():
+            counts = ", ".join(f"{name} {self.types[name]}" for name in names)
+            lines.append(f"{stage} {sum(self.types[name] for name in names)}: {counts}")
+        counts, edges = np.histogram(self.intensities, bins=10, range=(0, 1))
+        vary = total.std() > 0 and words.std() > 0
+        correlation = f"{np.corrcoef(total, words)[0, 1]:.2f}" if vary else "undefined"
+        vocabulary = set(re.findall(r"[a-z']+", " ".join(self.chains).lower()))
+        lines += [
+            "\nintensities: " + "  ".join(f"{s:.1f}+ {count}" for s, count in zip(edges, counts)),
+            "total intensity of a picture: "
+            f"mean {total.mean():.2f}, from {total.min():.2f} to {total.max():.2f}",
+            f"words of a chain: mean {words.mean():.0f}, from {words.min()} to {words.max()}; "
+            f"correlation with total intensity {correlation}; "
+            f"mean distance from the target {np.abs(words - self.aims).mean():.0f}",
+            f"vocabulary: {len(vocabulary)} different words",
+            f"rejected: {len(rejected)}",
+        ]
+        reasons = Counter(f"{row['step']}: {row['reason'][:60]}" for row in rejected)
+        lines += [f"  {count} {reason}" for reason, count in reasons.most_common(8)]
+        return "\n".join(lines) + "\n"
 
+    def figure(self) -> Figure:
+        figure = Figure(figsize=(15, 5), dpi=90, layout="constrained")
+        by_type, by_intensity, by_length = figure.subplots(1, 3)
+        for stage, names in STAGES.items():
+            counts = [self.types[name] for name in names]
+            by_type.barh(names, counts, color=COLORS[stage], label=stage)
+        by_type.invert_yaxis()
+        by_type.set(title="types, by stage", xlabel="degradations")
+        by_intensity.hist(self.intensities, bins=20, range=(0, 1), edgecolor="white")
+        by_intensity.set(title="intensities", xlabel="s", ylabel="degradations")
+        by_length.plot(self.totals, self.words, ".", alpha=0.35, label="chains")
+        order = np.argsort(self.totals)
+        by_length.plot(self.totals[order], self.aims[order], "k--", label="target, Eq. (7)")
+        by_length.set(title="chain length", xlabel="total intensity, sum of s", ylabel="words")
+        by_length.set_ylim(0)
+        by_type.legend(frameon=False)
+        by_length.legend(frameon=False)
+        return figure
 
-def _lines(rows, types, intensities, totals, lengths, words, rejected, paid, target) -> list[str]:
-    r = correlation(totals, lengths)
-    aim = np.array([target(total) for total in totals])
-    lines = [f"{len(rows)} questions, {sum(types.values())} degradations ({sum(types.values()) / len(rows):.2f} a picture), "
-             f"{sum(bool(row['choices']) for row in rows)} with choices", paid, ""]
-    for stage, names in STAGES.items():
-        lines.append(f"{stage} {sum(types[name] for name in names)}: " + ", ".join(f"{name} {types[name]}" for name in names))
-    counts, edges = np.histogram(intensities, bins=10, range=(0, 1))
-    lines += ["", "intensities: " + "  ".join(f"{low:.1f}+ {n}" for low, n in zip(edges, counts)),
-              f"total intensity of a picture: mean {totals.mean():.2f}, from {totals.min():.2f} to {totals.max():.2f}",
-              f"words of a chain: mean {lengths.mean():.0f}, from {lengths.min()} to {lengths.max()}; "
-              + ("" if r is None else f"correlation with total intensity {r:.2f}; ")
-              + f"mean distance from the target {np.abs(lengths - aim).mean():.0f}"]
-    n = sum(words.values())
-    lines += [f"vocabulary: {len(words)} different words of {n}; most used: " + ", ".join(word for word, _ in common(words, 12))]
-    reasons = Counter(f"{row['step']}: {re.sub(r'[0-9]+', 'n', row['reason'])[:60]}" for row in rejected)
-    lines += [f"rejected: {len(rejected)}", *(f"  {count} {reason}" for reason, count in reasons.most_common(8))]
-    return lines
-
-
-def common(words: Counter, n: int) -> list[tuple[str, int]]:
-    """The n most used words of five letters or more: shorter ones are mostly grammar."""
-    return [(word, count) for word, count in words.most_common() if len(word) > 4][:n]
-
-
-def _draw(types, intensities, totals, lengths, words, target) -> Figure:
-    figure = Figure(figsize=(13, 8), dpi=100, layout="constrained")
-    (by_type, by_intensity), (by_length, by_word) = figure.subplots(2, 2)
-    names = [(stage, name) for stage, members in STAGES.items() for name in members][::-1]
-    by_type.barh([name for _, name in names], [types[name] for _, name in names], color=[COLORS[stage] for stage, _ in names])
-    for stage, color in COLORS.items():
-        by_type.barh([names[0][1]], [0], color=color, label=stage)
-    by_type.legend(frameon=False, fontsize=8)
-    by_type.set(title="types, by stage", xlabel="degradations")
-    by_intensity.hist(intensities, bins=20, range=(0, 1), color="#7f7f7f", edgecolor="white")
-    by_intensity.set(title="intensities", xlabel="s", ylabel="degradations")
-
-    by_length.plot(totals, lengths, ".", color="#1f77b4", alpha=0.35, markersize=5, label="chains")
-    bins = np.floor(totals / 0.25)
-    centers = [(totals[bins == b].mean(), lengths[bins == b].mean()) for b in np.unique(bins)]
-    by_length.plot(*zip(*centers), "o-", color="#d62728", label="mean, by quarters")
-    line = np.linspace(totals.min(), totals.max(), 20)
-    by_length.plot(line, [target(x) for x in line], "--", color="black", linewidth=1, label="target, Eq. (7)")
-    by_length.set(title="chain length against damage", xlabel="total intensity, sum of s", ylabel="words", ylim=(0, None))
-    by_length.legend(frameon=False, fontsize=8)
-    top = common(words, 16)[::-1]
-    by_word.barh([word for word, _ in top], [count for _, count in top], color="#7f7f7f")
-    by_word.set(title=f"vocabulary: {len(words)} different words of {sum(words.values())}", xlabel="times used, of five letters or more")
-    for axes in (by_type, by_intensity, by_length, by_word):
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    def write(self, out: Path, rejected: Sequence[dict], paid: str) -> str:
+        """Write out/card.txt and out/card.png; returns the text."""
+        text = self.text(rejected, paid)
+        files.write_text(out / "card.txt", text)
+        files.save_figure(self.figure(), out / "card.png")
+        return text
