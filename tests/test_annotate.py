@@ -240,19 +240,21 @@ def test_the_offline_teacher_speaks_of_every_type():
 
 
 def test_llama_factory_form(built):
+    """Its own names for roles (from, human, gpt) are the default, so no tags need be named."""
     rows = json.loads((built.out / "llamafactory.json").read_text())
     info = json.loads((built.out / "dataset_info.json").read_text())["rr1"]
     assert info["file_name"] == "llamafactory.json" and len(rows) == 12
+    assert info["columns"] == {"messages": "conversations", "images": "images"}
     for row, ours in zip(rows, built.rows):
-        user, assistant = row["messages"]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        assert [user["content"], assistant["content"]] == [
-            turn["value"] for turn in ours["conversations"]
-        ]
-        assert (
-            user["content"].count("<image>") == len(row["images"]) == 1
-            and (built.out / row["images"][0]).is_file()
-        )
+        user, assistant = row["conversations"]
+        assert (user["from"], assistant["from"]) == ("human", "gpt")
+        assert row["conversations"] == ours["conversations"]
+        assert user["value"].count("<image>") == len(row["images"]) == 1
+        assert (built.out / row["images"][0]).is_file()
+    theirs = records.read(built.out / "llamafactory.json")
+    assert [record["response"] for record in theirs] == [
+        row["conversations"][1]["value"] for row in built.rows
+    ]
 
 
 def test_the_data_card_counts_what_is_there(built):

@@ -10,15 +10,8 @@ from rr1.annotate.teachers import Rejected
 DATASET_INFO = {
     "file_name": "llamafactory.json",
     "formatting": "sharegpt",
-    "tags": {
-        "role_tag": "role",
-        "content_tag": "content",
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-    },
-    "columns": {"messages": "messages", "images": "images"},
+    "columns": {"messages": "conversations", "images": "images"},
 }
-ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class Folder:
@@ -57,18 +50,13 @@ class Folder:
 
     def finish(self, order: Sequence[str]) -> list[dict]:
         """Write all files anew, the rows in the order of these ids; returns the rows."""
-        place = {id: n for n, id in enumerate(order)}
-        rows = sorted(self.done.values(), key=lambda row: place.get(row["id"], len(place)))
+        rows = [self.done[id] for id in order if id in self.done]
         self.rejected = {id: row for id, row in self.rejected.items() if id not in self.done}
         files.write_text(self.train, files.lines_of(rows))
         files.write_text(self.bad, files.lines_of(self.rejected.values()))
-        files.write_json(self.path / "llamafactory.json", [llama_factory(row) for row in rows], 1)
-        files.write_json(self.path / "dataset_info.json", {"rr1": DATASET_INFO}, 1)
+        llama_factory = [
+            {"conversations": row["conversations"], "images": [row["image"]]} for row in rows
+        ]
+        files.write_json(self.path / "llamafactory.json", llama_factory)
+        files.write_json(self.path / "dataset_info.json", {"rr1": DATASET_INFO})
         return rows
-
-
-def llama_factory(row: dict) -> dict:
-    messages = [
-        {"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]
-    ]
-    return {"messages": messages, "images": [row["image"]]}
