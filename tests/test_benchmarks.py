@@ -1,4 +1,5 @@
-"""Benchmarks in the forms that they are published in, made here: what is read, how answers are read and scored, damaged copies."""
+"""Benchmarks in the forms that they are published in: reading, scoring, damage, the judge."""
+
 import base64
 import csv
 import io
@@ -12,15 +13,18 @@ from PIL import Image
 
 import evaluate
 from degrade import degrade
-from rr1 import data
-from rr1.evaluation import benchmarks, metrics, scores, votes
+from rr1 import records
 from rr1.chain import Chain, build_prompt, render
+from rr1.evaluation import benchmarks, metrics, predictions, report, scores, votes
+from rr1.evaluation.tsv import REQUEST, damage_tsv, rows_of
 
 
 def picture(seed=0, size=40, format="PNG"):
     """A picture's base64, as a TSV holds it."""
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(file, format)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(
+        file, format
+    )
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -33,13 +37,54 @@ def write_tsv(path, rows):
     return path
 
 
-ROWS = [{"index": 0, "image": picture(0), "question": 'What "is" it?\nLook well.', "hint": "", "A": "a cat", "B": "a dog", "C": "None", "D": "NaN",
-         "answer": "B", "category": "animals", "l2-category": "pets", "split": "val"},
-        {"index": 7, "image": "0", "question": "And here?", "hint": "It barks.", "A": "yes", "B": "no", "C": "", "D": "", "answer": "A",
-         "category": "words"},
-        {"index": 8, "image": "9", "question": "Later?", "A": "yes", "B": "nan", "C": "no", "answer": "C", "category": "words"},
-        {"index": 9, "image": f"['{picture(1, 300, 'PNG')}']", "question": "Large?", "A": "yes", "B": "no", "answer": "yes", "category": "animals"},
-        {"index": 10, "image": picture(2, 40, "JPEG"), "question": "how many?", "answer": "two"}]
+ROWS = [
+    {
+        "index": 0,
+        "image": picture(0),
+        "question": 'What "is" it?\nLook well.',
+        "hint": "",
+        "A": "a cat",
+        "B": "a dog",
+        "C": "None",
+        "D": "NaN",
+        "answer": "B",
+        "category": "animals",
+        "l2-category": "pets",
+        "split": "val",
+    },
+    {
+        "index": 7,
+        "image": "0",
+        "question": "And here?",
+        "hint": "It barks.",
+        "A": "yes",
+        "B": "no",
+        "C": "",
+        "D": "",
+        "answer": "A",
+        "category": "words",
+    },
+    {
+        "index": 8,
+        "image": "9",
+        "question": "Later?",
+        "A": "yes",
+        "B": "nan",
+        "C": "no",
+        "answer": "C",
+        "category": "words",
+    },
+    {
+        "index": 9,
+        "image": f"['{picture(1, 300, 'PNG')}']",
+        "question": "Large?",
+        "A": "yes",
+        "B": "no",
+        "answer": "yes",
+        "category": "animals",
+    },
+    {"index": 10, "image": picture(2, 40, "JPEG"), "question": "how many?", "answer": "two"},
+]
 
 
 @pytest.fixture
@@ -49,34 +94,81 @@ def tsv(tmp_path):
 
 # ---------------------------------------------------------------- VLMEvalKit's TSV
 
+
 def test_a_tsv(tsv, tmp_path):
     a, b, c, d, e = benchmarks.read(tsv, None, tmp_path / "cache")
-    assert a["question"] == f'Question: What "is" it?\nLook well.\nOptions:\nA. a cat\nB. a dog\nC. None\n{benchmarks.REQUEST}'
-    assert b["question"] == f"Hint: It barks.\nQuestion: And here?\nOptions:\nA. yes\nB. no\n{benchmarks.REQUEST}"
-    assert (c["letters"], c["choices"], c["answer"]) == ("AC", ["yes", "no"], "C")          # an absent option leaves the letters as they are
-    assert a["image"] == b["image"] == a["clean_image"] and c["image"] == d["image"]        # by reference, back and forth
-    assert d["answer"] == "A" and e["form"] == "open" and e["choices"] is None and e["answer"] == "two"
-    assert [r["id"] for r in (a, b, c, d, e)] == ["0", "7", "8", "9", "10"] and a["where"].endswith("MMTest.tsv:3")
-    assert np.array_equal(data.open_image(a["image"]), np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
-    assert len(ROWS[3]["image"]) > 300_000 and data.open_image(d["image"]).size == (300, 300)
-    assert e["image"].endswith(".jpg") and sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".jpg", ".png", ".png"]
-    assert {r["benchmark"] for r in (a, b)} == {"MMTest"} and a["category"] == "animals" and "category" not in e
+    assert (
+        a["question"]
+        == f'Question: What "is" it?\nLook well.\nOptions:\nA. a cat\nB. a dog\nC. None\n{REQUEST}'
+    )
+    assert (
+        b["question"] == f"Hint: It barks.\nQuestion: And here?\nOptions:\nA. yes\nB. no\n{REQUEST}"
+    )
+    assert (c["letters"], c["choices"], c["answer"]) == (
+        "AC",
+        ["yes", "no"],
+        "C",
+    )  # an absent option leaves the letters as they are
+    assert (
+        a["image"] == b["image"] == a["clean_image"] and c["image"] == d["image"]
+    )  # by reference, back and forth
+    assert (
+        d["answer"] == "A" and e["form"] == "open" and e["choices"] is None and e["answer"] == "two"
+    )
+    assert [r["id"] for r in (a, b, c, d, e)] == ["0", "7", "8", "9", "10"] and a["where"].endswith(
+        "MMTest.tsv:3"
+    )
+    assert np.array_equal(
+        records.open_image(a["image"]),
+        np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8),
+    )
+    assert len(ROWS[3]["image"]) > 300_000 and records.open_image(d["image"]).size == (300, 300)
+    assert e["image"].endswith(".jpg") and sorted(
+        p.suffix for p in (tmp_path / "cache").iterdir()
+    ) == [".jpg", ".png", ".png"]
+    assert (
+        {r["benchmark"] for r in (a, b)} == {"MMTest"}
+        and a["category"] == "animals"
+        and "category" not in e
+    )
 
 
 def test_pictures_beside_a_tsv_and_damage_of_another_make(tmp_path):
-    row = {"index": 1, "image_path": "x/1.png", "question": "q", "A": "a", "B": "b", "answer": "A", "strength": "3"}
+    row = {
+        "index": 1,
+        "image_path": "x/1.png",
+        "question": "q",
+        "A": "a",
+        "B": "b",
+        "answer": "A",
+        "strength": "3",
+    }
     path = write_tsv(tmp_path / "R-Bench-Dis.tsv", [row])
-    r, = benchmarks.read(path, tmp_path / "pictures", tmp_path)
-    assert r["image"] == str(tmp_path / "pictures/x/1.png") and r["degradations"] is None and r["strength"] == "high" and "clean_image" not in r
+    (r,) = benchmarks.read(path, tmp_path / "pictures", tmp_path)
+    assert (
+        r["image"] == str(tmp_path / "pictures/x/1.png")
+        and r["degradations"] is None
+        and r["strength"] == "high"
+        and "clean_image" not in r
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"image": picture(0)[:400]}, "cannot be read as an image"), ({"image": "a" * 101}, "not base64"), ({"image": ""}, "no image"),
-    ({"image": "55"}, "no row of that index"), ({"image": f"['{picture(0)}', '{picture(1)}']"}, "a list of several"),
-    ({"answer": "D"}, "answer is 'D', the options are A, B, C")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image": picture(0)[:400]}, "cannot be read as an image"),
+        ({"image": "a" * 101}, "not base64"),
+        ({"image": ""}, "no image"),
+        ({"image": "55"}, "no row of that index"),
+        ({"image": f"['{picture(0)}', '{picture(1)}']"}, "a list of several"),
+        ({"answer": "D"}, "answer is 'D', the options are A, B, C"),
+    ],
+)
 def test_a_bad_row_is_named(tmp_path, change, message):
     path = write_tsv(tmp_path / "x.tsv", [ROWS[1] | {"image": picture(3)}, ROWS[0] | change])
-    with pytest.raises(data.DataError, match=rf"x\.tsv:4: .*{message}"):                 # the row's last line: its question has two
+    with pytest.raises(
+        records.DataError, match=rf"x\.tsv:4: .*{message}"
+    ):  # the row's last line: its question has two
         benchmarks.read(path, None, tmp_path / "cache")
 
 
@@ -85,22 +177,49 @@ def test_a_bad_file_is_named(tmp_path):
     (tmp_path / "odd.tsv").write_text("image\tquestion\naaaa\tq\n")
     (tmp_path / "none.tsv").write_text("index\timage\tquestion\n")
     (tmp_path / "latin.tsv").write_bytes(b"index\timage\tquestion\n1\t0\t\xe9\n")
-    for name, message in (("cut", "cut.tsv:2: has not the 3 columns"), ("odd", "odd.tsv:2: no column index"), ("none", "no questions"),
-                          ("latin", "not a TSV in UTF-8")):
-        with pytest.raises(data.DataError, match=message):
+    for name, message in (
+        ("cut", "cut.tsv:2: has not the 3 columns"),
+        ("odd", "odd.tsv:2: no column index"),
+        ("none", "no questions"),
+        ("latin", "not a TSV in UTF-8"),
+    ):
+        with pytest.raises(records.DataError, match=message):
             benchmarks.read(tmp_path / f"{name}.tsv", None, tmp_path)
     for name in ("gone.tsv", "cut.txt"):
-        with pytest.raises(SystemExit, match="--benchmark .*expected a file that ends in .tsv, .csv"):
+        with pytest.raises(
+            SystemExit, match="--benchmark .*expected a file that ends in .tsv, .csv"
+        ):
             benchmarks.read(tmp_path / name, None, tmp_path)
 
 
 # ---------------------------------------------------------------- R-Bench and A-OKVQA
 
-R_BENCH = [{"name": "a.png", "question": "What is he doing?", "choice": "A.running; B.Play football;C.sitting; standing", "answer": "B",
-            "type": "MCQ", "strength": "1"},
-           {"name": "b", "question": "What is it?", "choice": "N", "answer": "Caf\u00e9 \u94f6\u884c", "type": "VQA", "strength": "2"},
-           {"name": "c.png", "question": "Describe the image.", "choice": "N", "answer": "['a dog runs', \"a man's dog\", 'x', 'y', 'z']",
-            "type": "CAP", "strength": "3"}]
+R_BENCH = [
+    {
+        "name": "a.png",
+        "question": "What is he doing?",
+        "choice": "A.running; B.Play football;C.sitting; standing",
+        "answer": "B",
+        "type": "MCQ",
+        "strength": "1",
+    },
+    {
+        "name": "b",
+        "question": "What is it?",
+        "choice": "N",
+        "answer": "Caf\u00e9 \u94f6\u884c",
+        "type": "VQA",
+        "strength": "2",
+    },
+    {
+        "name": "c.png",
+        "question": "Describe the image.",
+        "choice": "N",
+        "answer": "['a dog runs', \"a man's dog\", 'x', 'y', 'z']",
+        "type": "CAP",
+        "strength": "3",
+    },
+]
 
 
 def write_r_bench(folder, rows):
@@ -108,7 +227,9 @@ def write_r_bench(folder, rows):
     for name in "abc":
         Image.new("RGB", (40, 40), name and "red").save(folder / "dis_image" / f"{name}.png")
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, ["name", "question", "choice", "answer", "type", "score", "distortion", "strength"])
+    writer = csv.DictWriter(
+        file, ["name", "question", "choice", "answer", "type", "score", "distortion", "strength"]
+    )
     writer.writeheader()
     writer.writerows([{"score": "[1, 1, 1, 1, 0]", "distortion": "jpeg"} | row for row in rows])
     (folder / "Ref_Release.csv").write_bytes(file.getvalue().encode("gb18030"))
@@ -117,121 +238,296 @@ def write_r_bench(folder, rows):
 
 def test_r_bench(tmp_path):
     mcq, vqa, cap = benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path)
-    assert mcq["choices"] == ["running", "Play football", "sitting; standing"] and mcq["answer"] == "B" and mcq["letters"] == "ABC"
-    assert mcq["question"].startswith("Question: What is he doing?\nOptions:\nA. running\nB. Play football\n")
-    assert (vqa["form"], vqa["answer"], vqa["question"]) == ("open", "Caf\u00e9 \u94f6\u884c", "What is it?")
-    assert cap["form"] == "caption" and cap["references"] == ["a dog runs", "a man's dog", "x", "y", "z"]
-    assert [r["strength"] for r in (mcq, vqa, cap)] == ["low", "mid", "high"] and all(r["degradations"] is None for r in (mcq, vqa, cap))
-    assert mcq["image"] == str(tmp_path / "dis_image/a.png") and vqa["image"] == str(tmp_path / "dis_image/b.png")
+    assert (
+        mcq["choices"] == ["running", "Play football", "sitting; standing"]
+        and mcq["answer"] == "B"
+        and mcq["letters"] == "ABC"
+    )
+    assert mcq["question"].startswith(
+        "Question: What is he doing?\nOptions:\nA. running\nB. Play football\n"
+    )
+    assert (vqa["form"], vqa["answer"], vqa["question"]) == (
+        "open",
+        "Caf\u00e9 \u94f6\u884c",
+        "What is it?",
+    )
+    assert cap["form"] == "caption" and cap["references"] == [
+        "a dog runs",
+        "a man's dog",
+        "x",
+        "y",
+        "z",
+    ]
+    assert [r["strength"] for r in (mcq, vqa, cap)] == ["low", "mid", "high"] and all(
+        r["degradations"] is None for r in (mcq, vqa, cap)
+    )
+    assert mcq["image"] == str(tmp_path / "dis_image/a.png") and vqa["image"] == str(
+        tmp_path / "dis_image/b.png"
+    )
 
 
-@pytest.mark.parametrize("i, change, message", [
-    (0, {"answer": "E"}, "expected a letter"), (0, {"choice": "running"}, "expected a letter"), (1, {"type": "ABC"}, "expected MCQ"),
-    (1, {"strength": "9"}, "expected MCQ"), (2, {"answer": "a dog"}, "printed list"), (2, {"name": "gone.png"}, "there is no")])
+@pytest.mark.parametrize(
+    "i, change, message",
+    [
+        (0, {"answer": "E"}, "expected a letter"),
+        (0, {"choice": "running"}, "expected a letter"),
+        (1, {"type": "ABC"}, "expected MCQ"),
+        (1, {"strength": "9"}, "expected MCQ"),
+        (2, {"answer": "a dog"}, "printed list"),
+        (2, {"name": "gone.png"}, "no .*gone.png: give --images"),
+    ],
+)
 def test_a_bad_row_of_r_bench_is_named(tmp_path, i, change, message):
-    with pytest.raises(data.DataError, match=rf"Ref_Release\.csv:3: .*{message}"):
+    with pytest.raises(records.DataError, match=rf"Ref_Release\.csv:3: .*{message}"):
         benchmarks.read(write_r_bench(tmp_path, [R_BENCH[0], R_BENCH[i] | change]), None, tmp_path)
 
 
 def test_a_okvqa_is_asked_with_and_without_its_choices(tmp_path):
-    item = {"split": "val", "image_id": 7, "question_id": "q1", "question": "what?", "choices": ["cab", "train", "bus", "tram"],
-            "correct_choice_idx": 1, "direct_answers": ["train"] * 7 + ["tram"] * 2 + ["rail"], "difficult_direct_answer": False, "rationales": ["r"] * 3}
-    (tmp_path / "a.json").write_text(json.dumps([item, item | {"question_id": "q2", "difficult_direct_answer": True}]))
+    item = {
+        "split": "val",
+        "image_id": 7,
+        "question_id": "q1",
+        "question": "what?",
+        "choices": ["cab", "train", "bus", "tram"],
+        "correct_choice_idx": 1,
+        "direct_answers": ["train"] * 7 + ["tram"] * 2 + ["rail"],
+        "difficult_direct_answer": False,
+        "rationales": ["r"] * 3,
+    }
+    (tmp_path / "a.json").write_text(
+        json.dumps([item, item | {"question_id": "q2", "difficult_direct_answer": True}])
+    )
     choice, direct, difficult = records = benchmarks.read(tmp_path / "a.json", tmp_path, tmp_path)
-    assert choice["answer"] == "B" and choice["question"] == f"Question: what?\nOptions:\nA. cab\nB. train\nC. bus\nD. tram\n{benchmarks.REQUEST}"
-    assert direct["form"] == "direct" and direct["question"] == "what?" and difficult["form"] == "choice"
-    jobs = evaluate.make_jobs(records, [0.5], 0)
-    assert [job["key"] for job in jobs] == ["1 clean", "1 0.5", "1 direct clean", "1 direct 0.5", "2 clean", "2 0.5"]
-    assert jobs[1]["degradations"] == jobs[3]["degradations"] and jobs[1]["damage_seed"] == jobs[3]["damage_seed"] is not None
+    assert (
+        choice["answer"] == "B"
+        and choice["question"]
+        == f"Question: what?\nOptions:\nA. cab\nB. train\nC. bus\nD. tram\n{REQUEST}"
+    )
+    assert (
+        direct["form"] == "direct"
+        and direct["question"] == "what?"
+        and difficult["form"] == "choice"
+    )
+    jobs = predictions.make_jobs(records, [0.5], 0)
+    assert [job["key"] for job in jobs] == [
+        "1 clean",
+        "1 0.5",
+        "1 direct clean",
+        "1 direct 0.5",
+        "2 clean",
+        "2 0.5",
+    ]
+    assert (
+        jobs[1]["degradations"] == jobs[3]["degradations"]
+        and jobs[1]["damage_seed"] == jobs[3]["damage_seed"] is not None
+    )
     for said, score in (("Train.", 1), ("tram", 2 / 3), ("rail", 1 / 3), ("a train", 0)):
         assert metrics.judge(jobs[2] | answer(said))["score"] == pytest.approx(score)
-    report = metrics.report([job | answer("train") for job in jobs])
-    assert report["table_2"]["clean"]["value"] == report["others"]["direct"]["clean"]["value"] == 1
-    assert report["table_2"]["clean"]["n"] == 2 and report["others"]["direct"]["0.5"]["n"] == 1
+    found = report.of_model([job | answer("train") for job in jobs])
+    assert found["table_2"]["clean"]["value"] == found["others"]["direct"]["clean"]["value"] == 1
+    assert found["table_2"]["clean"]["n"] == 2 and found["others"]["direct"]["0.5"]["n"] == 1
 
 
 # ---------------------------------------------------------------- answers
 
+
 def answer(response, plain=True):
-    return {"plain": plain, "response": response, "length": 5, "truth_length": None, "truncated": False}
+    return {
+        "plain": plain,
+        "response": response,
+        "length": 5,
+        "truth_length": None,
+        "truncated": False,
+    }
 
 
-@pytest.mark.parametrize("said, letter", [
-    ("B", "B"), ("b", "B"), ("(B)", "B"), ("B. dog", "B"), ("a dog", "B"), ("Dog", "B"), ("The answer is B.", "B"), ("**C**", "C"),
-    ("B is what I see in this", None), ("A or B", None), ("it is the dog", "B"), ("dog and bird", None), ("E", None), ("", None),
-    ("I do not know", None), ("1", "B"), ("0", "A"), ("1. dog", "B"), ("9", None), ("well " * 9 + "a dog", None)])
+@pytest.mark.parametrize(
+    "said, letter",
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("B. dog", "B"),
+        ("a dog", "B"),
+        ("Dog", "B"),
+        ("The answer is B.", "B"),
+        ("**C**", "C"),
+        ("B is what I see in this", None),
+        ("A or B", None),
+        ("it is the dog", "B"),
+        ("dog and bird", None),
+        ("E", None),
+        ("", None),
+        ("I do not know", None),
+        ("1", "B"),
+        ("0", "A"),
+        ("1. dog", "B"),
+        ("9", None),
+        ("well " * 9 + "a dog", None),
+    ],
+)
 def test_a_choice_is_read_and_never_guessed(said, letter):
     assert scores.read_choice(said, {"A": "cat", "B": "dog", "C": "bird"}) == letter
 
 
-@pytest.mark.parametrize("said, letter", [("2", "A"), ("4", "C"), ("1", None), ("0", None), ("C", "C"), ("3. ", "B")])
+@pytest.mark.parametrize(
+    "said, letter", [("2", "A"), ("4", "C"), ("1", None), ("0", None), ("C", "C"), ("3. ", "B")]
+)
 def test_among_numbers_a_number_is_a_text_and_not_an_index(said, letter):
     assert scores.read_choice(said, {"A": "2", "B": "3", "C": "4"}) == letter
 
 
 def test_the_answer_part_comes_first():
-    chain = render(Chain([("noise", .5)], "A veil", "a cat", "a cat sits there", "B"))
-    assert scores.read_choice(chain, {"A": "x", "B": "y"}) is None                       # the public rule alone cannot read a chain
+    chain = render(Chain([("noise", 0.5)], "A veil", "a cat", "a cat sits there", "B"))
+    assert (
+        scores.read_choice(chain, {"A": "x", "B": "y"}) is None
+    )  # the public rule alone cannot read a chain
     assert scores.find_answer(chain, "choice") == scores.find_answer(chain, "caption") == "B"
-    torn = render(Chain([("noise", .5)], "A veil", "a cat", "a cat sits"))
-    assert scores.find_answer(torn, "choice") is None and scores.find_answer(torn, "open") == "a cat sits"
+    torn = render(Chain([("noise", 0.5)], "A veil", "a cat", "a cat sits"))
+    assert (
+        scores.find_answer(torn, "choice") is None
+        and scores.find_answer(torn, "open") == "a cat sits"
+    )
     assert scores.find_answer("just B", "choice") == "just B"
 
 
 def test_proxies_by_hand():
-    assert scores.rouge_l("a dog runs fast", "the dog runs") == pytest.approx(2 * 2 / 7) and scores.rouge_l("", "x") == 0
+    assert (
+        scores.rouge_l("a dog runs fast", "the dog runs") == pytest.approx(2 * 2 / 7)
+        and scores.rouge_l("", "x") == 0
+    )
     assert scores.rouge_l("c a b", "a b c") == pytest.approx(2 * 2 / 6)
     row = {"form": "open", "answer": "No"}
-    assert scores.score_benchmark("no, it is not", row) == (1, True) and scores.score_benchmark("nothing", row) == (0, True)
+    assert scores.score_benchmark("no, it is not", row) == (1, True) and scores.score_benchmark(
+        "nothing", row
+    ) == (0, True)
     assert scores.score_benchmark(" ", row) == (0, False)
     row = {"form": "caption", "references": ["a dog", "two cats"], "answer": "a dog"}
     assert scores.score_benchmark("a dog", row)[0] == pytest.approx((1 + 0) / 2)
 
 
 def test_the_report_of_r_bench(tmp_path):
-    """Nine cells by its own strength, stand-ins marked, nothing said about damage that is not known."""
-    jobs = evaluate.make_jobs(benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), [0.5], 0)
-    assert [(job["shown"], job["degradations"], job["strength"]) for job in jobs] == [("as is", None, "low"), ("as is", None, "mid"), ("as is", None, "high")]
-    said = [render(Chain([("noise", .5)], "i", "r", "c", a)) for a in ("Q", "a caf\u00e9 \u94f6\u884c", "a dog runs")]
-    rows = [json.loads(json.dumps(job)) | answer(text, plain=False) for job, text in zip(jobs, said)]
-    report = metrics.report(rows)
-    table = report["table_1"]
-    assert table["choice low"]["value"] == 0 and table["choice low"]["unparsed"] == 1 and "by" not in table["choice low"]
-    assert table["open mid"]["value"] == 1 and table["open mid"]["by"] == "proxy" == table["overall"]["by"]
-    caption = (1 + 2 * 2 / 6) / 5                                                     # of "a man's dog" two words of three
+    """Nine cells by its own strength, proxies marked, nothing said of damage that is not known."""
+    jobs = predictions.make_jobs(
+        benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), [0.5], 0
+    )
+    assert [(job["shown"], job["degradations"], job["strength"]) for job in jobs] == [
+        ("as is", None, "low"),
+        ("as is", None, "mid"),
+        ("as is", None, "high"),
+    ]
+    said = [
+        render(Chain([("noise", 0.5)], "i", "r", "c", a))
+        for a in ("Q", "a caf\u00e9 \u94f6\u884c", "a dog runs")
+    ]
+    rows = [
+        json.loads(json.dumps(job)) | answer(text, plain=False) for job, text in zip(jobs, said)
+    ]
+    found = report.of_model(rows)
+    table = found["table_1"]
+    assert (
+        table["choice low"]["value"] == 0
+        and table["choice low"]["unparsed"] == 1
+        and "by" not in table["choice low"]
+    )
+    assert (
+        table["open mid"]["value"] == 1
+        and table["open mid"]["by"] == "proxy" == table["overall"]["by"]
+    )
+    caption = (1 + 2 * 2 / 6) / 5  # of "a man's dog" two words of three
     assert table["caption high"]["value"] == pytest.approx(caption)
-    assert table["overall"]["value"] == table["per question"]["value"] == pytest.approx((0 + 1 + caption) / 3) and table["overall"]["cells"] == 3
-    assert report["summary"]["r_deg"]["value"] is None and report["summary"]["well_formed"]["value"] == 1 and "figure_6" not in report
-    assert report["categories"]["jpeg"]["n"] == 1 and report["table_2"] == {}
-    text = metrics.report_text({"a": report, "b": report | {"versus": metrics.versus(rows, rows)}})
-    assert "1.000 [0.207, 1.000] n 1, proxy" in text and "+0.000 [+0.000, +0.000] n 1, +0 -0, p 1" in text and "Table 2" not in text
+    assert (
+        table["overall"]["value"]
+        == table["per question"]["value"]
+        == pytest.approx((0 + 1 + caption) / 3)
+        and table["overall"]["cells"] == 3
+    )
+    assert (
+        found["summary"]["r_deg"]["value"] is None
+        and found["summary"]["well_formed"]["value"] == 1
+        and "figure_6" not in found
+    )
+    assert found["categories"]["jpeg"]["n"] == 1 and found["table_2"] == {}
+    text = report.as_text({"a": found, "b": found | {"versus": metrics.versus(rows, rows)}})
+    assert (
+        "1.000 [0.207, 1.000] n 1, proxy" in text
+        and "+0.000 [+0.000, +0.000] n 1, +0 -0, p 1" in text
+        and "Table 2" not in text
+    )
 
 
-# ---------------------------------------------------------------- evaluate.py --benchmark, damaged copies
+# ---------------------------------------------------------------- evaluate.py, damaged copies
+
 
 def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ask = ["--models", f"base={checkpoint}", f"rl={checkpoint}", "--benchmark", str(tsv), "--levels", "0.25", "1", "--max-new-tokens", "3"]
+    ask = [
+        "--models",
+        f"base={checkpoint}",
+        f"rl={checkpoint}",
+        "--benchmark",
+        str(tsv),
+        "--levels",
+        "0.25",
+        "1",
+        "--max-new-tokens",
+        "3",
+    ]
     evaluate.main(ask)
     text = capsys.readouterr().out
-    assert all(part in text for part in ("Table 2", "| 25% ", "mean of categories", "questions against base", "McNemar", "The same for open", "proxy"))
+    assert all(
+        part in text
+        for part in (
+            "Table 2",
+            "| 25% ",
+            "mean of categories",
+            "questions against base",
+            "McNemar",
+            "The same for open",
+            "proxy",
+        )
+    )
     assert "Table 1" not in text
-    rows = {row["key"]: row for row in evaluate.read_predictions(tmp_path / "runs/eval-MMTest/rl")}
+    rows = {
+        row["key"]: row for row in predictions.read_predictions(tmp_path / "runs/eval-MMTest/rl")
+    }
     assert len(rows) == 15 and {row["shown"] for row in rows.values()} == {"clean", "0.25", "1"}
-    assert rows["3 clean"]["answer"] == "B" and rows["3 clean"]["letters"] == "ABC" and rows["3 clean"]["benchmark"] == "MMTest"
-    files = benchmarks.damage_tsv(tsv, tmp_path / "hurt.tsv", [0.25, 1])
-    assert [f.name for f in files] == ["hurt_25.tsv", "hurt_100.tsv"] and not list(tmp_path.glob("*.tmp"))
+    assert (
+        rows["3 clean"]["answer"] == "B"
+        and rows["3 clean"]["letters"] == "ABC"
+        and rows["3 clean"]["benchmark"] == "MMTest"
+    )
+    files = damage_tsv(tsv, tmp_path / "hurt.tsv", [0.25, 1])
+    assert [f.name for f in files] == ["hurt_25.tsv", "hurt_100.tsv"] and not list(
+        tmp_path.glob("*.tmp")
+    )
     hurt = benchmarks.read(files[1], None, tmp_path / "cache")
-    for row, (key, source) in zip(hurt, (("3 1", 0), ("4 1", 0), ("5 1", 1), ("6 1", 1), ("7 1", 2))):
+    for row, (key, source) in zip(
+        hurt, (("3 1", 0), ("4 1", 0), ("5 1", 1), ("6 1", 1), ("7 1", 2))
+    ):
         [damage] = rows[key]["degradations"]
-        shown = np.asarray(evaluate.open_picture(evaluate.picture(rows[key])))
-        assert np.array_equal(np.asarray(data.open_image(row["image"])), shown)        # the same damage, on the fly or written
+        shown = np.asarray(predictions.pictures_of(rows[key])[0].open())
+        assert np.array_equal(
+            np.asarray(records.open_image(row["image"])), shown
+        )  # the same damage, on the fly or written
         if source == 0:
             clean = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-            assert np.array_equal(shown, degrade(clean, [tuple(damage.values())], rows[key]["damage_seed"])) and damage["intensity"] == 1
-    written = [row for _, row in benchmarks.rows_of(files[1])]
-    assert written[0]["degradation"] == rows["3 1"]["degradations"][0]["type"] and written[0]["intensity"] == "1" and written[1]["image"] == "0"
-    assert written[0]["damage_seed"] == str(rows["3 1"]["damage_seed"]) and written[0]["question"] == ROWS[0]["question"]
+            assert (
+                np.array_equal(
+                    shown, degrade(clean, [tuple(damage.values())], rows[key]["damage_seed"])
+                )
+                and damage["intensity"] == 1
+            )
+    written = [row for _, row in rows_of(files[1])]
+    assert (
+        written[0]["degradation"] == rows["3 1"]["degradations"][0]["type"]
+        and written[0]["intensity"] == "1"
+        and written[1]["image"] == "0"
+    )
+    assert (
+        written[0]["damage_seed"] == str(rows["3 1"]["damage_seed"])
+        and written[0]["question"] == ROWS[0]["question"]
+    )
 
 
 def test_the_damage_command(tsv, tmp_path, capsys):
@@ -242,17 +538,29 @@ def test_the_damage_command(tsv, tmp_path, capsys):
     assert (tmp_path / "out.tsv").read_bytes() == first and "written: " in capsys.readouterr().out
     benchmarks.main([*ask, "--seed", "1"])
     assert (tmp_path / "out.tsv").read_bytes() != first
-    for source, target, levels in ((tsv, tsv, ["1"]), (tsv, tmp_path / "o.tsv", ["1", "1"]), (tmp_path / "gone.tsv", tmp_path / "o.tsv", ["1"])):
+    for source, target, levels in (
+        (tsv, tsv, ["1"]),
+        (tsv, tmp_path / "o.tsv", ["1", "1"]),
+        (tmp_path / "gone.tsv", tmp_path / "o.tsv", ["1"]),
+    ):
         with pytest.raises(SystemExit, match="tsv"):
             benchmarks.main(["damage", str(source), str(target), "--levels", *levels])
 
 
 # ---------------------------------------------------------------- the judge
 
+
 class Judge(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, self.headers["Authorization"], request["model"], request["messages"][0]["content"]))
+        self.server.asked.append(
+            (
+                self.path,
+                self.headers["Authorization"],
+                request["model"],
+                request["messages"][0]["content"],
+            )
+        )
         reply = self.server.reply(request["messages"][0]["content"])
         self.send_response(200 if reply is not None else 401)
         self.end_headers()
@@ -276,31 +584,65 @@ def judge():
 
 def test_r_benchs_own_votes(judge, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    jobs = evaluate.make_jobs(benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0)
+    jobs = predictions.make_jobs(
+        benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0
+    )
     rows = [job | answer(text) for job, text in zip(jobs, ("B", "a caf\u00e9", "a dog"))]
-    judge.reply = lambda text: "1." if "Options" in text else ("vote: 2" if "a dog runs" in text else "1") if "reference" in text else "2"
+    judge.reply = lambda text: (
+        "1."
+        if "Options" in text
+        else ("vote: 2" if "a dog runs" in text else "1")
+        if "reference" in text
+        else "2"
+    )
     votes.vote(rows, judge.url + "/", "gpt-3.5-turbo", tmp_path / "votes.jsonl")
     assert [row["votes"] for row in rows] == [[1] * 5, [2] * 5, [2, 1, 1, 1, 1]]
-    assert [metrics.judge(row)["score"] for row in rows] == [1, 1, 6 / 10] and metrics.report(rows)["table_1"]["overall"]["by"] == "votes"
-    assert len(judge.asked) == 15 and judge.asked[0][:3] == ("/v1/chat/completions", "Bearer secret-key", "gpt-3.5-turbo")
+    assert [metrics.judge(row)["score"] for row in rows] == [1, 1, 6 / 10] and report.of_model(
+        rows
+    )["table_1"]["overall"]["by"] == "votes"
+    assert len(judge.asked) == 15 and judge.asked[0][:3] == (
+        "/v1/chat/completions",
+        "Bearer secret-key",
+        "gpt-3.5-turbo",
+    )
     votes.vote(rows, judge.url, "gpt-3.5-turbo", tmp_path / "votes.jsonl")
-    assert len(judge.asked) == 15                                                     # every vote is on disk
+    assert len(judge.asked) == 15  # every vote is on disk
     judge.reply = lambda text: "cannot say: 1 or 2"
-    again = [{key: value for key, value in rows[1].items() if key != "votes"} | answer("tea"), rows[0] | answer("<TYPE>torn")]
+    again = [
+        {key: value for key, value in rows[1].items() if key != "votes"} | answer("tea"),
+        rows[0] | answer("<TYPE>torn"),
+    ]
     votes.vote(again, judge.url, "gpt-3.5-turbo", tmp_path / "votes.jsonl")
-    assert again[0]["votes"] == [None] * 5 and len(judge.asked) == 25                 # asked once more each, then unread
-    assert [(metrics.judge(row)["score"], metrics.judge(row)["parsed"]) for row in again] == [(0, False)] * 2
+    assert (
+        again[0]["votes"] == [None] * 5 and len(judge.asked) == 25
+    )  # asked once more each, then unread
+    assert [(metrics.judge(row)["score"], metrics.judge(row)["parsed"]) for row in again] == [
+        (0, False)
+    ] * 2
     judge.reply = lambda text: None
     with pytest.raises(SystemExit, match="401.*kept") as error:
-        votes.vote([rows[1] | answer("other")], judge.url, "gpt-3.5-turbo", tmp_path / "votes.jsonl")
+        votes.vote(
+            [rows[1] | answer("other")], judge.url, "gpt-3.5-turbo", tmp_path / "votes.jsonl"
+        )
     with pytest.raises(SystemExit, match="expected an address"):
         votes.vote(rows, "file:///etc/passwd", "m", tmp_path / "votes.jsonl")
     said = capsys.readouterr()
-    assert "secret-key" not in str(error.value) + said.out + said.err + (tmp_path / "votes.jsonl").read_text()
+    assert (
+        "secret-key"
+        not in str(error.value) + said.out + said.err + (tmp_path / "votes.jsonl").read_text()
+    )
 
 
 def test_a_chain_model_is_asked_for_its_chain_and_a_plain_one_for_the_choice(tsv, tmp_path):
-    job = evaluate.make_jobs(benchmarks.read(tsv, None, tmp_path / "cache"), None, 0)[0]
-    assert job["key"] == "3 clean" and job["question"].endswith(benchmarks.REQUEST) and build_prompt(job["question"]).startswith(job["question"])
-    for response, plain in (("The answer is B", True), (render(Chain([], "i", "r", "c", "B")), False), (render(Chain([], "i", "r", "c", 1)), False)):
+    job = predictions.make_jobs(benchmarks.read(tsv, None, tmp_path / "cache"), None, 0)[0]
+    assert (
+        job["key"] == "3 clean"
+        and job["question"].endswith(REQUEST)
+        and build_prompt(job["question"]).startswith(job["question"])
+    )
+    for response, plain in (
+        ("The answer is B", True),
+        (render(Chain([], "i", "r", "c", "B")), False),
+        (render(Chain([], "i", "r", "c", 1)), False),
+    ):
         assert metrics.judge(job | answer(response, plain))["score"] == 1

@@ -1,1 +1,1 @@
-"""How good is a model, and how sure is that? Predictions, metrics, statistics, figures, benchmarks."""
+"""How good is a model, and how sure is that?"""

@@ -130,3 +130,11 @@ def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
         scores = [rouge_l(answer, true) for true in row["references"]]
         return sum(scores) / len(scores), True
     return float(f" {plain(row['answer'])} " in f" {plain(answer)} "), True
+
+
+def score_votes(votes: list[int | None], most: int) -> tuple[float, bool]:
+    """(share of what the votes could be, whether all were read). None: an unread vote; `most`: the
+    highest that a vote can be."""
+    given = [vote for vote in votes if vote is not None]
+    parsed = 0 < len(given) == len(votes)
+    return sum(given) / (most * max(1, len(votes))), parsed

@@ -1,85 +1,114 @@
 """How sure a figure is: 95 % intervals, and differences between two models on the same records."""
-from __future__ import annotations
 
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-Z = 1.959964                         # 95 % of a normal distribution lies within this many deviations
-DRAWS = 2000                         # bootstrap resamples
+Z = 1.959964  # 95 % of a normal distribution lies within so many standard deviations
+DRAWS = 2000  # bootstrap resamples
+Values = Sequence[float] | np.ndarray
 
 
 class Estimate(NamedTuple):
     """A value with its 95 % interval over n observations; all None where n = 0."""
+
     value: float | None
     low: float | None
     high: float | None
     n: int
 
 
+NOTHING = Estimate(None, None, None, 0)
+
+
 def wilson(right: float, n: int) -> Estimate:
-    """A share right / n with Wilson's score interval, which stays inside [0, 1] and is not empty at 0 or 1."""
+    """A share right / n with Wilson's score interval: inside [0, 1], and not empty at 0 or 1."""
     if n == 0:
-        return Estimate(None, None, None, 0)
-    p, shrink = right / n, 1 + Z * Z / n
-    centre = (p + Z * Z / (2 * n)) / shrink
-    half = Z / shrink * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+        return NOTHING
+    p = right / n
+    shrink = 1 + Z**2 / n
+    centre = (p + Z**2 / (2 * n)) / shrink
+    half = Z / shrink * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def bootstrap(numerators: Sequence[float], denominators: Sequence[float] | None = None, seed: int = 0) -> Estimate:
-    """sum(numerators) / sum(denominators) over records, which are resampled; without denominators it is the mean.
-    n counts the records whose denominator is not 0. Percentile interval."""
-    above, below = _pair(numerators, denominators)
-    n = int((below != 0).sum())
+def bootstrap(numerators: Values, denominators: Values | None = None, seed: int = 0) -> Estimate:
+    """sum(numerators) / sum(denominators) over records, which are resampled; percentile interval.
+
+    Without denominators it is the mean. n counts the records whose denominator is not 0.
+    """
+    above, below = _ratio(numerators, denominators)
+    n = int(np.count_nonzero(below))
     if n == 0:
-        return Estimate(None, None, None, 0)
-    return Estimate(float(above.sum() / below.sum()), *_interval(_resampled(above, below, _picks(len(above), seed))), n)
+        return NOTHING
+    value = float(above.sum() / below.sum())
+    draws = _resampled(above, below, _picks(len(above), seed))
+    return Estimate(value, *_interval(draws), n)
 
 
-def bootstrap_cells(cells: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
-    """The plain mean of the cells' means, each cell resampled within itself; empty cells are left out. n: observations."""
+def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
+    """The plain mean of the cells' means, each cell resampled within itself.
+
+    Empty cells are left out. n: observations.
+    """
     cells = [np.asarray(cell, float) for cell in cells if len(cell)]
     if not cells:
-        return Estimate(None, None, None, 0)
-    draws = [_resampled(cell, np.ones_like(cell), _picks(len(cell), seed + i)) for i, cell in enumerate(cells)]
-    return Estimate(float(np.mean([cell.mean() for cell in cells])), *_interval(np.mean(draws, 0)), sum(map(len, cells)))
+        return NOTHING
+    draws = []
+    for i, cell in enumerate(cells):
+        picks = _picks(len(cell), seed + i)
+        draws.append(cell[picks].mean(1))  # (DRAWS,)
+    value = float(np.mean([cell.mean() for cell in cells]))
+    return Estimate(value, *_interval(np.mean(draws, 0)), sum(map(len, cells)))
 
 
 def paired_difference(after: tuple, before: tuple, seed: int = 0) -> Estimate:
-    """How much `after` is above `before`: both are (numerators, denominators or None) over the same records in the same
-    order. Both are resampled together, so what makes a record hard for both falls out."""
-    (above, below), (above_0, below_0) = _pair(*after), _pair(*before)
-    if len(above) != len(above_0):
-        raise ValueError(f"{len(above)} records after and {len(above_0)} before: a paired difference needs the same records")
-    if not below.any() or not below_0.any():
-        return Estimate(None, None, None, 0)
-    picks = _picks(len(above), seed)
-    value = above.sum() / below.sum() - above_0.sum() / below_0.sum()
-    return Estimate(float(value), *_interval(_resampled(above, below, picks) - _resampled(above_0, below_0, picks)), len(above))
+    """How much `after` is above `before`, resampled together: what makes a record hard falls out.
+
+    Both are (numerators, denominators or None) over the same records in the same order; ValueError
+    if there are not as many.
+    """
+    above, below = _ratio(*after)
+    above_then, below_then = _ratio(*before)
+    n = len(above)
+    if n != len(above_then):
+        counts = f"{n} records after and {len(above_then)} before"
+        raise ValueError(f"{counts}: a paired difference needs the same records")
+    if not below.any() or not below_then.any():
+        return NOTHING
+    value = above.sum() / below.sum() - above_then.sum() / below_then.sum()
+    picks = _picks(n, seed)
+    draws = _resampled(above, below, picks) - _resampled(above_then, below_then, picks)
+    return Estimate(float(value), *_interval(draws), n)
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """McNemar's exact test: of gained + lost questions that two models answer differently, how probable is a split at least this
-    uneven if neither model is better? Two-sided p-value, from the binomial distribution with a half; 1 where none differs."""
-    n, ways, tail = gained + lost, 1, 0
-    for k in range(min(gained, lost) + 1):                    # ways: n choose k
-        tail, ways = tail + ways, ways * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**n)
+    """McNemar's exact test: the two-sided p-value of a split at least so uneven.
+
+    Of gained + lost questions that two models answer differently, each is gained with probability
+    1/2 if neither model is better. 1 where none differs.
+    """
+    n = gained + lost
+    ways = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * ways / 2**n)
 
 
-def _pair(numerators, denominators=None) -> tuple[np.ndarray, np.ndarray]:
+def _ratio(numerators: Values, denominators: Values | None = None) -> tuple:
     above = np.asarray(numerators, float)
-    return above, np.ones_like(above) if denominators is None else np.asarray(denominators, float)
+    if denominators is None:
+        return above, np.ones_like(above)
+    return above, np.asarray(denominators, float)
 
 
 def _picks(n: int, seed: int) -> np.ndarray:
+    """(DRAWS, n) records, drawn with replacement."""
     return np.random.default_rng(seed).integers(n, size=(DRAWS, n))
 
 
 def _resampled(above: np.ndarray, below: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):                       # a resample in which nothing counts is no number
+    with np.errstate(invalid="ignore"):  # a resample in which nothing counts is no number
         return above[picks].sum(1) / below[picks].sum(1)
 
 
@@ -90,16 +119,21 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
 
 # ---------------------------------------------------------------- as cells of Markdown tables
 
+
 def cell(estimate: dict | None) -> str:
-    """`0.713 [0.66, 0.76] n 150`, how many answers could not be read, and by what it was scored, if not exactly."""
+    """`0.713 [0.66, 0.76] n 150`, how many answers could not be read, by what it was scored."""
     if estimate is None or estimate["value"] is None:
         return "-"
     digits = 1 if abs(estimate["value"]) >= 10 else 3
     value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
-    unread = f", {estimate['unparsed']} unread" if estimate.get("unparsed") else ""
-    missing = f", {estimate['cells']} of 9 cells" if estimate.get("cells", 9) < 9 else ""
-    by = f", {estimate['by']}" if estimate.get("by") else ""
-    return f"{value} [{low}, {high}] n {estimate['n']}{unread}{missing}{by}"
+    text = f"{value} [{low}, {high}] n {estimate['n']}"
+    if estimate.get("unparsed"):
+        text += f", {estimate['unparsed']} unread"
+    if estimate.get("cells", 9) < 9:
+        text += f", {estimate['cells']} of 9 cells"
+    if estimate.get("by"):
+        text += f", {estimate['by']}"
+    return text
 
 
 def interval(e: dict) -> str:
@@ -107,11 +141,17 @@ def interval(e: dict) -> str:
     if e["value"] is None:
         return "-"
     text = f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]"
-    return f"**{text}**" if e["low"] > 0 or e["high"] < 0 else text
+    is_clear = e["low"] > 0 or e["high"] < 0
+    return f"**{text}**" if is_clear else text
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it also reads well as it stands."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    line = lambda texts: "| " + " | ".join(text.ljust(width) for text, width in zip(texts, widths)) + " |"
-    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+    lines = []
+    for row in (header, *rows):
+        cells = [text.ljust(width) for text, width in zip(row, widths)]
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    lines.insert(1, f"|{rule}|")
+    return "\n".join(lines)
