@@ -7,13 +7,17 @@ The key comes from the environment variable OPENAI_API_KEY and goes into the req
 """
 
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Sequence
 
+from tqdm import tqdm
+
 BUSY = (408, 409, 425, 429)
 PAUSE = 1.0  # seconds before a server that did not send a chat completion is asked again
+SAY_EVERY = 30.0  # seconds between two lines about why it takes long
 
 
 class Stop(Exception):
@@ -66,22 +70,26 @@ class ChatClient:
             raise SystemExit(f"{flag} {model} needs openai: pip install openai") from None
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not self._key.isascii() or not self._key.isprintable():
+            raise SystemExit("OPENAI_API_KEY holds characters that no key has: copy it once more")
         if not self._key and not base_url:
             raise SystemExit(
                 f"{flag} {model}: put your key into the environment variable OPENAI_API_KEY, "
                 "or give the address of a server of your own"
             )
-        self.model, self.retries = model, retries
+        self.model, self.retries, self.max_tokens = model, retries, max_tokens
         self._limit = {} if max_tokens is None else {"max_tokens": max_tokens}
         self._interval = 60 / per_minute if per_minute else 0.0
-        self._next_turn, self._lock = 0.0, threading.Lock()
+        self._next_turn, self._next_line, self._lock = 0.0, 0.0, threading.Lock()
         self.stopped, self.why = threading.Event(), ""
         self._client = openai.OpenAI(
             api_key=self._key or "none",
             base_url=base_url or None,
             max_retries=retries,
             timeout=timeout,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._wait_for_turn]}),
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"request": [self._before], "response": [self._after]}
+            ),
         )
 
     def ask(self, prompt: str, images: Sequence[str] = ()) -> Reply:
@@ -129,18 +137,42 @@ class ChatClient:
         status, problem = error.status_code, f"HTTP {error.status_code}"
         if status in (401, 403):
             return self.stop(f"{problem}: the key in OPENAI_API_KEY was not accepted")
-        if status == 402:
+        if status == 402 or "insufficient_quota" in str(error):
             return self.stop(f"{problem}: the account has no money left")
         if status == 404:
             where = self._client.base_url
             return self.stop(f"{problem}: there is no model {self.model!r} at {where}")
         problem = self._without_key(f"{problem}: {error.message}")
         if status >= 500 or status in BUSY:
-            return NoAnswer(f"asked {self.retries + 1} times, last: {problem}")
+            wait = error.response.headers.get("retry-after", "")
+            asks = f", to be asked again after {wait} seconds" if wait else ""
+            return NoAnswer(f"asked {self.retries + 1} times, last: {problem}{asks}")
         return Refused(problem)
 
-    def _wait_for_turn(self, _request: Any = None) -> None:
-        """Called before a request goes out: return when it may, raise Stop where none may."""
+    def _before(self, request: Any) -> None:
+        """Called before a request goes out, a repeated one too."""
+        repeated = request.headers.get("x-stainless-retry-count", "0")
+        if repeated != "0":
+            self._say(f"no answer yet: asking again, {repeated} of {self.retries} times")
+        self._wait_for_turn()
+
+    def _after(self, response: Any) -> None:
+        """Called when a response begins to arrive."""
+        if response.status_code >= 500 or response.status_code in BUSY:
+            wait = response.headers.get("retry-after")
+            asks = f", which asks to wait for {wait} seconds" if wait else ""
+            self._say(f"HTTP {response.status_code} from the server{asks}")
+
+    def _say(self, line: str) -> None:
+        """Print why it takes long, now and then."""
+        with self._lock:
+            if time.monotonic() < self._next_line:
+                return
+            self._next_line = time.monotonic() + SAY_EVERY
+        tqdm.write(f"{self.model}: {line}", file=sys.stderr)
+
+    def _wait_for_turn(self) -> None:
+        """Return when a request may go out; raise Stop where none may."""
         with self._lock:
             start = max(self._next_turn, time.monotonic())
             self._next_turn = start + self._interval

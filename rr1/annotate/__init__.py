@@ -31,6 +31,8 @@ REFUSAL = re.compile(
     r"i['\u2019]m unable|i am unable|as an ai)",
     re.IGNORECASE,
 )
+THINKING = re.compile(r"^.*</think(ing)?>", re.IGNORECASE | re.DOTALL)
+FENCED = re.compile(r"```\w*\n(.*)\n```", re.DOTALL)
 
 
 def influence(
@@ -104,12 +106,19 @@ def build_chain(
 
 
 def ask(G: Teacher, step: str, images: Sequence[np.ndarray], **fields: Any) -> str:
-    """The teacher's text for one step; Rejected if it is empty or a refusal."""
-    text = G(step, images, **fields).strip()
+    """The teacher's text for one step; Rejected if it is empty or a refusal.
+
+    What it thought before it, and a code fence round it, are taken off.
+    """
+    text = THINKING.sub("", G(step, images, **fields)).strip()
+    if fenced := FENCED.fullmatch(text):
+        text = fenced[1].strip()
     if not text:
         raise Rejected(step, "empty", text)
     if REFUSAL.match(text):
         raise Rejected(step, "refused", text)
+    if "```" in text or "<think" in text.lower():
+        raise Rejected(step, "a code fence or unfinished thinking is in it", text)
     return text
 
 

@@ -3,13 +3,15 @@
 {"image": "photos/7.jpg", "question": "what is it?", "choices": ["cat", "dog"], "answer": "dog"}
 """
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
-from rr1.answers import choice_index
-from rr1.chain import Chain, build_question
+from rr1.answers import choice_index, plain
+from rr1.chain import IMAGE, Chain, build_question
+from rr1.files import to_json
 
 
 class Truth(NamedTuple):
@@ -36,12 +38,19 @@ class Source(NamedTuple):
     photo: Path
     truth: Truth
 
+    def fingerprint(self) -> str:
+        """A hash of question, choices, answer and photo: another one is another question."""
+        digest = hashlib.sha256(to_json(self.truth).encode())
+        digest.update(self.photo.read_bytes())
+        return digest.hexdigest()[:16]
 
-def read_questions(path: Path, images: str = "") -> list[Source]:
+
+def read_questions(path: Path, images: str = "", limit: int = 0) -> list[Source]:
     """The questions of a file, photo paths relative to the folder `images` (empty: the file's).
 
-    A question has image, question, choices (absent or null: open), answer (index, letter or text)
-    and perhaps id; or A-OKVQA's fields. SystemExit names the file, the line and the field.
+    A question has image, question, choices (absent or null: open), answer (text, letter or index)
+    and perhaps id; or A-OKVQA's fields. Photos are looked for of the first `limit` questions (0:
+    of all). SystemExit names the file, the line and the field.
     """
     if not path.is_file():
         expected = "A-OKVQA's json, or JSON lines of image, question, choices, answer"
@@ -51,10 +60,12 @@ def read_questions(path: Path, images: str = "") -> list[Source]:
     places: dict[str, str] = {}
     for where, row in _rows(path):
         try:
-            source = _source(row, folder, f"{path.stem}-{len(found) + 1:06d}")
+            source = _source(row, folder)
+            if not limit or len(found) < limit:
+                _check_photo(source.photo, folder)
         except ValueError as error:
             raise SystemExit(f"{where}: {error}") from None
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise SystemExit(f"{where}: field {error} is missing or of the wrong kind") from None
         if source.id in found:
             raise SystemExit(f"{where}: the id {source.id!r} is that of {places[source.id]} too")
@@ -66,59 +77,76 @@ def read_questions(path: Path, images: str = "") -> list[Source]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(where it stands, entry) of each question."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: not a text in UTF-8 ({error}): save it as UTF-8") from None
     if text.lstrip().startswith("["):
         for number, row in enumerate(_json(text, str(path)), start=1):
             yield f"{path}, entry {number}", row
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", _json(line, f"{path}:{number}")
 
 
-def _json(text: str, where: str):
+def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise SystemExit(f"{where}: not JSON ({error})") from None
 
 
-def _source(row: dict, folder: Path, default_id: str) -> Source:
-    photo = _photo(row, folder)
-    question, choices = row["question"], row.get("choices") or None
-    texts = [question, *(choices or [])]
-    if not all(isinstance(text, str) for text in texts):
-        expected = "a text, and a list of texts or null"
-        raise ValueError(f"question is {question!r}, choices {choices!r}; expected {expected}")
-    answer = _answer(row)
-    if choices:
-        index = choice_index(answer, choices)
-        if index is None:
-            raise ValueError(f"answer {answer!r} is none of the choices {choices}")
-        answer = str(index)
-    Chain(answer=answer)  # ValueError for an answer with a tag in it
-    id = row.get("id", row.get("question_id", default_id))
-    return Source(str(id), photo, Truth(question.strip(), choices, answer))
-
-
-def _photo(row: dict, folder: Path) -> Path:
+def _source(row: dict, folder: Path) -> Source:
     name = row["image"] if "image" in row else f"{row['split']}2017/{row['image_id']:012}.jpg"
-    photo = folder / name
+    question, choices = row["question"], row.get("choices")
+    texts = [question, *choices] if isinstance(choices, list) else [question]
+    usable = all(isinstance(text, str) and text.strip() and IMAGE not in text for text in texts)
+    if not usable or not isinstance(choices, list | None):
+        expected = f"a text, and a list of texts or null, none of them empty or with {IMAGE}"
+        raise ValueError(f"question is {question!r}, choices {choices!r}; expected {expected}")
+    answer = _answer(row, choices)
+    Chain(answer=answer)  # ValueError for an answer with a tag in it
+    truth = Truth(question.strip(), choices or None, answer)
+    # without an id of its own a question is called by what it asks, wherever it stands
+    digest = hashlib.sha256(to_json([name, truth.question, truth.choices]).encode()).hexdigest()
+    id = row.get("id", row.get("question_id", f"question-{digest[:12]}"))
+    return Source(str(id), folder / name, truth)
+
+
+def _check_photo(photo: Path, folder: Path) -> None:
     if not photo.is_file():
         advice = "--images gives the folder that paths are relative to"
         raise ValueError(f"there is no photo {photo}: {advice}")
     if not photo.resolve().is_relative_to(folder.resolve()):
         advice = "move the picture, or give another --images"
         raise ValueError(f"{photo} leads to {photo.resolve()}, out of the image folder: {advice}")
-    return photo
 
 
-def _answer(row: dict) -> str:
-    for name in ("answer", "correct_choice_idx"):
-        if name in row:
-            return str(row[name])
-    if not row.get("direct_answers"):
+def _answer(row: dict, choices: list[str] | None) -> str:
+    """The true answer: the index of the choice, or a text."""
+    answer, index = row.get("answer"), row.get("correct_choice_idx")
+    if answer is None and index is not None and choices:
+        if not isinstance(index, int) or index not in range(len(choices)):
+            raise ValueError(f"correct_choice_idx is {index!r}, of {len(choices)} choices")
+        return str(index)
+    if answer is None and row.get("direct_answers"):
+        [(answer, _)] = Counter(row["direct_answers"]).most_common(1)
+    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
         expected = "answer, correct_choice_idx or direct_answers (A-OKVQA's test part has none)"
         raise ValueError(f"no answer; expected {expected}")
-    [(answer, _)] = Counter(row["direct_answers"]).most_common(1)
-    return answer
+    return str(_which(answer, choices)) if choices else str(answer).strip()
+
+
+def _which(answer: str | int | float, choices: list[str]) -> int:
+    """The index of the choice that is meant: the one of that text, else by letter or index."""
+    said = str(answer).strip()
+    same = [n for n, choice in enumerate(choices) if choice.strip() == said]
+    same = same or [n for n, choice in enumerate(choices) if plain(choice) == plain(said)]
+    index = same[0] if same else choice_index(said, choices)
+    if index is None:
+        raise ValueError(f"answer {answer!r} is none of the choices {choices}")
+    if isinstance(answer, int) and choice_index(said, choices) != index:
+        advice = f'write "{answer}" for the text, or correct_choice_idx for the index'
+        raise ValueError(f"answer {answer} is a choice's text and another one's index: {advice}")
+    return index

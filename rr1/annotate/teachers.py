@@ -14,6 +14,7 @@ answer. There are two:
 
 import base64
 import hashlib
+import math
 import re
 import threading
 from concurrent.futures import Future
@@ -35,11 +36,14 @@ PROMPTS = Path(__file__).parent / "prompts"
 
 
 class Rejected(Exception):
-    """An answer that cannot be used: the step, the reason, the answer as it came."""
+    """An answer that cannot be used: the step, the reason, the answer as it came.
 
-    def __init__(self, step: str, reason: str, answer: str = ""):
+    `again`: nothing was paid for it, so the next run asks again by itself.
+    """
+
+    def __init__(self, step: str, reason: str, answer: str = "", again: bool = False):
         super().__init__(f"{step}: {reason}")
-        self.step, self.reason, self.answer = step, reason, answer
+        self.step, self.reason, self.answer, self.again = step, reason, answer, again
 
 
 def fill(step: str, fields: dict[str, Any]) -> str:
@@ -154,7 +158,7 @@ class ChatTeacher:
     requests that were under way are asked anew.
 
     prices     dollars for a million tokens read, and written
-    max_cost   nothing more is asked that could bring the file's total above so many dollars
+    max_cost   the file's total never comes above so many dollars, what is under way included
     """
 
     def __init__(
@@ -164,11 +168,13 @@ class ChatTeacher:
         prices: tuple[float, float] = (0.0, 0.0),
         max_cost: float | None = None,
     ):
-        self.client, self.file, self.prices, self.max_cost = client, answers, prices, max_cost
+        self.client, self.file, self.prices = client, answers, prices
+        self.max_cost = math.inf if max_cost is None else max_cost
         self.receipts = files.read_lines(answers)
         self.spent = sum(receipt["cost"] for receipt in self.receipts)
-        self._dearest = max((receipt["cost"] for receipt in self.receipts), default=0.0)
-        self._under_way, self._lock = 0, threading.Lock()
+        self._under_way: list[float] = []  # dollars that each request under way may cost
+        self._ratio: dict[str, float] = {}  # step -> tokens read over those estimated, the most
+        self._lock = threading.Condition()
         self._answers: dict[str, Future] = {}
         for receipt in self.receipts:
             future = self._answers[receipt["key"]] = Future()
@@ -220,37 +226,50 @@ class ChatTeacher:
         return future.result()
 
     def _ask(self, key: str, step: str, prompt: str, images: Sequence[np.ndarray]) -> dict:
-        self._reserve()
+        estimate = estimated_tokens(prompt, images)
+        most = self._cost(estimate * self._ratio.get(step, 1.0), self.client.max_tokens or 0)
+        self._reserve(most)
         try:
             reply = self.client.ask(prompt, [data_url(image) for image in images])
+            tokens_in, tokens_out = reply.tokens_in or 0, reply.tokens_out or 0
+            receipt = {"key": key, "step": step, "model": self.client.model, **asdict(reply)}
+            receipt |= {"tokens_in": tokens_in, "tokens_out": tokens_out}
+            receipt["cost"] = self._cost(tokens_in, tokens_out)
+            with self._lock:
+                files.append_lines(self.file, [receipt])
+                self.receipts.append(receipt)
+                self.spent += receipt["cost"]
+                self._ratio[step] = max(self._ratio.get(step, 0.0), tokens_in / estimate)
         except Refused as error:
-            raise Rejected(step, f"the server refuses the request, {error}") from None
+            problem = f"the server refuses the request, {error}"
+            raise Rejected(step, problem, again=True) from None
         finally:
             with self._lock:
-                self._under_way -= 1
-        unknown = reply.tokens_in is None or reply.tokens_out is None
-        reply.tokens_in, reply.tokens_out = reply.tokens_in or 0, reply.tokens_out or 0
-        price_in, price_out = self.prices
-        cost = (reply.tokens_in * price_in + reply.tokens_out * price_out) / 1e6
-        receipt = {"key": key, "step": step, "model": self.client.model, **asdict(reply)}
-        receipt["cost"] = cost
-        with self._lock:
-            files.append_lines(self.file, [receipt])
-            self.receipts.append(receipt)
-            self.spent += cost
-            self._dearest = max(self._dearest, cost)
-        if unknown and self.max_cost is not None:
+                self._under_way.remove(most)
+                self._lock.notify_all()
+        if None in (reply.tokens_in, reply.tokens_out) and self.max_cost < math.inf:
             self.client.stop("the server does not count tokens, so --max-cost cannot be kept")
         return receipt
 
-    def _reserve(self) -> None:
-        """Count a request as under way; raise Stop where it could cost too much."""
+    def _cost(self, tokens_in: float, tokens_out: float) -> float:
+        price_in, price_out = self.prices
+        return (tokens_in * price_in + tokens_out * price_out) / 1e6
+
+    def _reserve(self, most: float) -> None:
+        """Wait until a request may cost `most` dollars; raise Stop where it never may."""
         with self._lock:
-            could_cost = self.spent + (self._under_way + 1) * self._dearest
-            if self.max_cost is not None and could_cost > self.max_cost:
-                limit = f"--max-cost {self.max_cost:g} is reached"
-                raise self.client.stop(f"{limit}: ${self.spent:.4f} spent")
-            self._under_way += 1
+            while self._under_way and self.spent + sum(self._under_way) + most > self.max_cost:
+                self._lock.wait()
+            if self.spent + most > self.max_cost:
+                limit = f"--max-cost {self.max_cost:g} is reached: ${self.spent:.4f} spent"
+                raise self.client.stop(f"{limit}, and the next answer may cost ${most:.4f}")
+            self._under_way.append(most)
+
+
+def estimated_tokens(prompt: str, images: Sequence[np.ndarray]) -> int:
+    """Tokens that a prompt takes, on the high side: no two models count alike."""
+    pictures = sum(max(1500, image.shape[0] * image.shape[1] // 784) for image in images)
+    return len(prompt.encode()) // 2 + pictures
 
 
 def data_url(image: np.ndarray) -> str:
