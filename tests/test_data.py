@@ -1,9 +1,13 @@
-"""Records on disk: every form is read, errors name file and line, shares stay apart, every record comes once an epoch."""
+"""Records on disk: every form is read, errors name file and line, shares stay apart."""
+
 import json
 import os
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +16,25 @@ from PIL import Image
 
 from degrade import Degradation
 from rr1 import data, records, runtime
+from rr1.records import DataError, open_image, read
 
-CHAIN = "<TYPE>noise(0.20)<TYPE_END>\n<INFLUENCE>grain<INFLUENCE_END>\n<REASONING>a car<REASONING_END>\n" \
-        "<CONCLUSION>it is a car<CONCLUSION_END>\n<ANSWER>1<ANSWER_END>"
+CHAIN = (
+    "<TYPE>noise(0.20)<TYPE_END>\n<INFLUENCE>grain<INFLUENCE_END>\n"
+    "<REASONING>a car<REASONING_END>\n"
+    "<CONCLUSION>it is a car<CONCLUSION_END>\n<ANSWER>1<ANSWER_END>"
+)
 
 
 def line(**changes):
     """A record in the released form; a key set to None is left out."""
-    record = {"id": "7", "image": "images/7.png", "conversations": [{"from": "human", "value": "<image>what is it?\n0. cat 1. car"},
-                                                                    {"from": "gpt", "value": CHAIN}]} | changes
+    record = {
+        "id": "7",
+        "image": "images/7.png",
+        "conversations": [
+            {"from": "human", "value": "<image>what is it?\n0. cat 1. car"},
+            {"from": "gpt", "value": CHAIN},
+        ],
+    } | changes
     return json.dumps({key: value for key, value in record.items() if value is not None})
 
 
@@ -32,8 +46,9 @@ def write(folder, *lines):
 
 # ---------------------------------------------------------------- reading
 
+
 def test_a_released_record(tmp_path):
-    record, = data.read(write(tmp_path, line()))
+    (record,) = read(write(tmp_path, line()))
     assert record["image"] == str(tmp_path / "images/7.png") and record["id"] == "7"
     assert record["question"] == "what is it?\n0. cat 1. car" and record["response"] == CHAIN
     assert record["chain"].degradations == record["degradations"] == [Degradation("noise", 0.2)]
@@ -43,51 +58,85 @@ def test_a_released_record(tmp_path):
 
 def test_our_own_keys_and_another_image_folder(tmp_path):
     known = [{"type": "noise", "intensity": 0.25}]
-    record, = data.read(write(tmp_path, "", line(degradations=known, choices=["cat", "car"], answer="car", clean_image="clean/7.png", form="choice")),
-                        image_folder=tmp_path / "elsewhere")
-    assert record["degradations"] == [Degradation("noise", 0.25)] and record["choices"] == ["cat", "car"] and record["answer"] == "car"
-    assert record["image"] == str(tmp_path / "elsewhere/images/7.png") and record["clean_image"] == str(tmp_path / "elsewhere/clean/7.png")
+    (record,) = read(
+        write(
+            tmp_path,
+            "",
+            line(
+                degradations=known,
+                choices=["cat", "car"],
+                answer="car",
+                clean_image="clean/7.png",
+                form="choice",
+            ),
+        ),
+        image_folder=tmp_path / "elsewhere",
+    )
+    assert (
+        record["degradations"] == [Degradation("noise", 0.25)]
+        and record["choices"] == ["cat", "car"]
+        and record["answer"] == "car"
+    )
+    assert record["image"] == str(tmp_path / "elsewhere/images/7.png") and record[
+        "clean_image"
+    ] == str(tmp_path / "elsewhere/clean/7.png")
     assert record["form"] == "choice" and record["where"].endswith("train.jsonl:2")
 
 
 def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
     turns = [{"from": "human", "value": "<image>how many?"}, {"from": "gpt", "value": 3}]
-    record, = data.read(write(tmp_path, line(image=["images/7.png"], conversations=turns)))
+    (record,) = read(write(tmp_path, line(image=["images/7.png"], conversations=turns)))
     assert record["image"] == str(tmp_path / "images/7.png") and record["response"] == "3"
 
 
-@pytest.mark.parametrize("bad, message", [
-    ('{"id": 7,', "not JSON"),
-    ("[1, 2]", "expected an object"),
-    ("7", "expected an object"),
-    ("[" * 100000, "not JSON"),
-    (line(image=None), "'image'.*missing"),
-    (line(conversations=None), "'conversations'.*missing"),
-    (line(conversations=[{"from": "human", "value": "why?"}]), "'gpt'.*missing"),
-    (line(conversations=[{"role": "user", "content": "why?"}]), "'gpt'.*missing"),
-    (line(conversations=[{"from": "human", "text": "why?"}]), "'content'.*missing"),
-    (line(conversations=[{"from": "tool", "value": "7"}]), "a turn of 'tool'"),
-    (line(conversations=[{"from": "human", "value": "a"}] * 2), "a turn of 'human'"),
-    (line(conversations=[{"from": "human", "value": [{"type": "text"}]}]), "plain text"),
-    (line(conversations=[{"from": "human", "value": "<image><image>a"}, {"from": "gpt", "value": "b"}]), "2 times <image>"),
-    (line(conversations=[7]), "not iterable|not subscriptable|argument"),
-    (line(image="../secret.png"), "out of the image folder"),
-    (line(image="a/../../secret.png"), "out of the image folder"),
-    (line(image="/etc/secret.png"), "out of the image folder"),
-    (line(clean_image="../secret.png"), "out of the image folder"),
-    (line(image=7), "expected one path"),
-    (line(degradations=[{"type": "noise"}]), "degradations"),
-    (line(degradations=[{"name": "noise", "s": 0.2}]), "degradations"),
-    (line(degradations="noise"), "degradations"),
-    (line(clean_image=7), "clean_image"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ('{"id": 7,', "not JSON"),
+        ("[1, 2]", "expected an object"),
+        ("7", "expected an object"),
+        ("[" * 100000, "not JSON"),
+        (line(image=None), "'image'.*missing"),
+        (line(conversations=None), "'conversations'.*missing"),
+        (line(conversations=[{"from": "human", "value": "why?"}]), "'gpt'.*missing"),
+        (line(conversations=[{"role": "user", "content": "why?"}]), "'gpt'.*missing"),
+        (line(conversations=[{"from": "human", "text": "why?"}]), "a turn of 'human' says 'None'"),
+        (line(conversations=[{"from": "tool", "value": "7"}]), "a turn of 'tool'"),
+        (line(conversations=[{"from": "human", "value": "a"}] * 2), "a turn of 'human'"),
+        (line(conversations=[{"from": "human", "value": [{"type": "text"}]}]), "plain text"),
+        (
+            line(
+                conversations=[
+                    {"from": "human", "value": "<image><image>a"},
+                    {"from": "gpt", "value": "b"},
+                ]
+            ),
+            "2 times <image>",
+        ),
+        (line(conversations=[7]), "'int' object"),
+        (line(image="../secret.png"), "out of the image folder"),
+        (line(image="a/../../secret.png"), "out of the image folder"),
+        (line(image="/etc/secret.png"), "out of the image folder"),
+        (line(clean_image="../secret.png"), "out of the image folder"),
+        (line(image=7), "image is 7; expected a path"),
+        (line(image=[]), "'image' is missing|image has 0 paths"),
+        (line(degradations=[{"type": "noise"}]), "degradations"),
+        (line(degradations=[{"name": "noise", "s": 0.2}]), "degradations"),
+        (line(degradations="noise"), "degradations"),
+        (line(clean_image=7), "expected a path"),
+    ],
+)
 def test_a_bad_record_is_named_by_file_and_line(tmp_path, bad, message):
-    with pytest.raises(data.DataError, match=rf"train\.jsonl:2: .*{message}"):
-        data.read(write(tmp_path, line(), bad, line()))
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: .*{message}"):
+        read(write(tmp_path, line(), bad, line()))
 
 
 def llama_factory(i, form):
-    keys, roles = (("role", "content"), ("user", "assistant")) if form == "messages" else (("from", "value"), ("human", "gpt"))
+    keys, roles = (
+        (("role", "content"), ("user", "assistant"))
+        if form == "messages"
+        else (("from", "value"), ("human", "gpt"))
+    )
     said = ("<image>Was f\u00fcr ein [Auto], {blau}?" + " \u2713" * i, CHAIN)
     turns = [dict(zip(keys, turn)) for turn in (("system", "be brief"), *zip(roles, said))]
     return {form: turns, "images": [f"{i}.png"]}
@@ -95,69 +144,114 @@ def llama_factory(i, form):
 
 @pytest.mark.parametrize("indent", [None, 1, "lines"])
 @pytest.mark.parametrize("form", ["messages", "conversations"])
-def test_llama_factory(tmp_path, monkeypatch, form, indent):
-    """A JSON list or lines, one line or pretty, larger than what is read at once, in letters of two and three bytes."""
-    monkeypatch.setattr(records, "CHUNK", 500)
+def test_llama_factory(tmp_path, form, indent):
+    """A JSON list or lines, one line or pretty, in letters of two and three bytes."""
     made = [llama_factory(i, form) for i in range(9)]
-    text = "\n".join(map(json.dumps, made)) if indent == "lines" else json.dumps(made, ensure_ascii=False, indent=indent)
+    text = (
+        "\n".join(map(json.dumps, made))
+        if indent == "lines"
+        else json.dumps(made, ensure_ascii=False, indent=indent)
+    )
     path = tmp_path / "x.json"
     path.write_text(text, encoding="utf-8-sig" if indent == 1 else "utf-8")
-    found = data.read(path)
+    found = read(path)
     assert len(found) == 9 and [r["number"] for r in found] == list(range(1, 10))
     for i in (8, 0, 4, -1):
         i %= 9
-        assert found[i]["question"] == "Was f\u00fcr ein [Auto], {blau}?" + " \u2713" * i and found[i]["response"] == CHAIN
+        assert (
+            found[i]["question"] == "Was f\u00fcr ein [Auto], {blau}?" + " \u2713" * i
+            and found[i]["response"] == CHAIN
+        )
         assert found[i]["image"] == str(tmp_path / f"{i}.png")
     assert len({r["id"] for r in found}) == 9
-    if indent == 1:
-        place = next(number for number, row in enumerate(text.splitlines(), 1) if "3.png" in row)
-        assert 0 < place - int(found[3]["where"].rpartition(":")[2].split()[0]) < 20     # the line where the item begins
+    assert found[3]["where"] == (f"{path}:4" if indent == "lines" else f"{path}, item 4")
 
 
 def test_a_broken_list_is_named_by_line_and_item(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("[\n" + line() + ",\n" + line()[:-9])
-    with pytest.raises(data.DataError, match=r"x\.json:3 \(item 2\): not JSON"):
-        data.read(path)
+    with pytest.raises(DataError, match=r"x\.json: not JSON .*line 3 column"):
+        read(path)
     path.write_text("[\n" + line() + ",\n" + line(image=None) + "]")
-    with pytest.raises(data.DataError, match=r"x\.json:3 \(item 2\): field 'image' is missing"):
-        data.read(path)
-    assert len(data.read(path, skip_bad=True)) == 1
+    with pytest.raises(DataError, match=r"x\.json, item 2: field 'image' is missing"):
+        read(path)
+    assert len(read(path, skip_bad=True)) == 1
+
+
+def test_nothing_may_follow_a_list(tmp_path):
+    """`cat a.json b.json` gives two lists: reading the first alone would halve the data set."""
+    for more in (f"[{line()}]", "junk", line()):
+        path = tmp_path / "x.json"
+        path.write_text(f"[{line()}]\n{more}\n")
+        with pytest.raises(DataError, match=r"x\.json: not JSON .*Extra data: line 2 column 1"):
+            read(path)
+
+
+def test_a_fault_is_named_by_its_column(tmp_path):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: not JSON .*line 1 column 15"):
+        read(write(tmp_path, '{"image": "a",'))
 
 
 def test_a_okvqa_beside_a_coco_folder(tmp_path):
     """The fields of aokvqa_v1p0_train.json, and of the test split, which has no answers."""
-    item = {"split": "train", "image_id": 299207, "question_id": "22MexNkBPpdZGX6sxbxVBH", "question": "What is the man by the bags awaiting?",
-            "choices": ["skateboarder", "train", "delivery", "cab"], "correct_choice_idx": 3, "direct_answers": ["ride"] * 10,
-            "difficult_direct_answer": False, "rationales": ["A train would not be on the street.", "b", "c"]}
-    test = {key: item[key] for key in ("image_id", "question_id", "question", "choices")} | {"split": "test"}
+    item = {
+        "split": "train",
+        "image_id": 299207,
+        "question_id": "22MexNkBPpdZGX6sxbxVBH",
+        "question": "What is the man by the bags awaiting?",
+        "choices": ["skateboarder", "train", "delivery", "cab"],
+        "correct_choice_idx": 3,
+        "direct_answers": ["ride"] * 10,
+        "difficult_direct_answer": False,
+        "rationales": ["A train would not be on the street.", "b", "c"],
+    }
+    test = {key: item[key] for key in ("image_id", "question_id", "question", "choices")} | {
+        "split": "test"
+    }
     (tmp_path / "a.json").write_text(json.dumps([item, test, item | {"image": "own/7.jpg"}]))
-    train, test, own = data.read(tmp_path / "a.json", tmp_path / "coco")
-    assert train["image"] == train["clean_image"] == str(tmp_path / "coco/train2017/000000299207.jpg")
-    assert train["question"] == "What is the man by the bags awaiting?\n0. skateboarder 1. train 2. delivery 3. cab"
-    assert (train["id"], train["answer"], train["degradations"]) == ("22MexNkBPpdZGX6sxbxVBH", "3", [])
-    assert train["chain"].reasoning == "A train would not be on the street." and train["chain"].answer == "3"
+    train, test, own = read(tmp_path / "a.json", tmp_path / "coco")
+    assert (
+        train["image"] == train["clean_image"] == str(tmp_path / "coco/train2017/000000299207.jpg")
+    )
+    assert (
+        train["question"]
+        == "What is the man by the bags awaiting?\n0. skateboarder 1. train 2. delivery 3. cab"
+    )
+    assert (train["id"], train["answer"], train["degradations"]) == (
+        "22MexNkBPpdZGX6sxbxVBH",
+        "3",
+        [],
+    )
+    assert (
+        train["chain"].reasoning == "A train would not be on the street."
+        and train["chain"].answer == "3"
+    )
     assert test["answer"] is None and "/test2017/" in test["image"]
     assert own["image"] == str(tmp_path / "coco/own/7.jpg")
 
 
 def test_skip_bad_says_what_it_left_out(tmp_path):
-    found = data.read(write(tmp_path, line(id="a"), "{broken", line(id="b", image=None), line(id="c")), skip_bad=True)
+    found = read(
+        write(tmp_path, line(id="a"), "{broken", line(id="b", image=None), line(id="c")),
+        skip_bad=True,
+    )
     assert [r["id"] for r in found] == ["a", "c"] and [r["number"] for r in found] == [1, 4]
     assert [why.partition(": ")[0].rpartition(":")[2] for why in found.bad] == ["2", "3"]
-    with pytest.raises(data.DataError, match="no records that can be used; the first: .*:1: not JSON"):
-        data.read(write(tmp_path, "{broken"), skip_bad=True)
+    with pytest.raises(DataError, match="no records that can be used; the first: .*:1: not JSON"):
+        read(write(tmp_path, "{broken"), skip_bad=True)
 
 
 def test_a_link_out_of_the_image_folder_is_refused(tmp_path):
     (tmp_path / "inside" / "images").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(b"")
     (tmp_path / "inside" / "images" / "7.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*out of the image folder"):
-        data.read(write(tmp_path, line()), tmp_path / "inside")[0]
-    (tmp_path / "linked").symlink_to(tmp_path / "inside")                         # the folder itself may be a link
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*out of the image folder"):
+        read(write(tmp_path, line()), tmp_path / "inside")[0]
+    (tmp_path / "linked").symlink_to(tmp_path / "inside")  # the folder itself may be a link
     (tmp_path / "inside" / "images" / "7.png").unlink()
-    assert data.read(write(tmp_path, line()), tmp_path / "linked")[0]["image"] == str(tmp_path / "linked/images/7.png")
+    assert read(write(tmp_path, line()), tmp_path / "linked")[0]["image"] == str(
+        tmp_path / "linked/images/7.png"
+    )
 
 
 def test_many_records_are_offsets_and_parsed_when_asked_for(tmp_path, monkeypatch):
@@ -165,82 +259,96 @@ def test_many_records_are_offsets_and_parsed_when_asked_for(tmp_path, monkeypatc
     whole = records.parse
     monkeypatch.setattr(records, "parse", lambda text: parsed.append(1) or whole(text))
     tracemalloc.start()
-    found = data.read(path)
+    found = read(path)
     rl = data.split(found, "rl")
-    assert tracemalloc.get_traced_memory()[0] < 3000 * 250 and not parsed          # bytes a record, both together
+    assert tracemalloc.get_traced_memory()[0] < 3000 * 250  # bytes a record, both together
+    assert not parsed
     tracemalloc.stop()
     assert abs(len(rl) - 2250) < 100 and rl[7]["id"] == rl.ids[7] and len(parsed) == 1
     assert [r["id"] for r in found[5:8]] == ["r5", "r6", "r7"] and found[-1]["id"] == "r2999"
-    assert [r["id"] for r in data.split(list(found[:40]), "rl")] == [id for id in rl.ids if int(id[1:]) < 40]
+    assert data.split(found[:40], "rl").ids == [id for id in rl.ids if int(id[1:]) < 40]
 
 
 def test_no_file_and_no_records(tmp_path):
     with pytest.raises(SystemExit, match="--data .*nowhere.jsonl: no such file"):
-        data.read(tmp_path / "nowhere.jsonl")
-    with pytest.raises(data.DataError, match="holds no records"):
-        data.read(write(tmp_path, "", ""))
+        read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="holds no records"):
+        read(write(tmp_path, "", ""))
 
 
 # ---------------------------------------------------------------- shares and order
 
-def ids(records):
-    return {r["id"] for r in records}
+
+def share(tmp_path, ids, part):
+    return set(data.split(read(write(tmp_path, *[line(id=id) for id in ids])), part).ids)
 
 
-def test_a_quarter_for_sft_and_the_rest_for_rl():
-    records = [{"id": f"r{i}"} for i in range(4000)]
-    sft, rl = data.split(records, "sft"), data.split(records, "rl")
-    assert not ids(sft) & ids(rl) and ids(sft) | ids(rl) == ids(records) == ids(data.split(records, "all"))
-    assert abs(len(sft) / 4000 - 0.25) < 0.03                    # standard error .007
-    assert data.split(records, "sft") == sft != data.split(records, "sft", seed=1)
+def test_a_quarter_for_sft_and_the_rest_for_rl(tmp_path):
+    ids = [f"r{i}" for i in range(4000)]
+    sft, rl = share(tmp_path, ids, "sft"), share(tmp_path, ids, "rl")
+    assert not sft & rl and sft | rl == set(ids) == share(tmp_path, ids, "all")
+    assert abs(len(sft) / 4000 - 0.25) < 0.03  # standard error .007
+    assert sorted(sft)[:4] == ["r0", "r100", "r1002", "r1003"]  # the same on every machine
 
 
-def test_a_record_never_changes_sides():
-    records = [{"id": f"r{i}"} for i in range(400)]
-    more = [{"id": f"new{i}"} for i in range(300)] + records[::-1]
-    kept = ids(records) - {"r0"}
-    assert ids(data.split(more, "sft")) & kept == ids(data.split(records, "sft")) & kept
-    assert ids(data.split(more[:-1], "rl")) & kept == ids(data.split(records, "rl")) & kept
+def test_a_record_never_changes_sides(tmp_path):
+    ids = [f"r{i}" for i in range(400)]
+    more = [f"new{i}" for i in range(300)] + ids[::-1]
+    kept = set(ids) - {"r0"}
+    assert share(tmp_path, more, "sft") & kept == share(tmp_path, ids, "sft") & kept
+    assert share(tmp_path, more[:-1], "rl") & kept == share(tmp_path, ids, "rl") & kept
 
 
-def test_records_without_an_id_do_not_change_sides_with_the_way_the_file_is_named(tmp_path, monkeypatch):
+def test_records_without_an_id_do_not_change_sides_with_the_way_the_file_is_named(
+    tmp_path, monkeypatch
+):
     path = write(tmp_path, *[line(id=None)] * 40)
     monkeypatch.chdir(tmp_path)
-    sft, rl = data.split(data.read(path), "sft"), data.split(data.read("train.jsonl"), "rl")
-    assert len(ids(sft)) + len(ids(rl)) == 40 == len(ids(sft) | ids(rl))
+    sft, rl = data.split(read(path), "sft"), data.split(read("train.jsonl"), "rl")
+    assert len(sft) + len(rl) == 40 == len({*sft.ids, *rl.ids})
 
 
 @pytest.mark.parametrize("n, size", [(10, 4), (10, 10), (3, 8), (1, 3), (7, 1)])
 def test_every_record_once_an_epoch(n, size):
-    steps = 3 * n                                                # a whole number of epochs
+    steps = 3 * n  # a whole number of epochs
     row = [i for step in range(steps) for i in data.batch_indices(n, size, step, seed=5)]
-    epochs = [tuple(row[start:start + n]) for start in range(0, len(row), n)]
+    epochs = [tuple(row[start : start + n]) for start in range(0, len(row), n)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert n < 7 or len(set(epochs)) > 1, "each epoch should have an order of its own"
-    assert data.batch_indices(n, size, 2, seed=5) == row[2 * size:3 * size]
-    assert n < 7 or row != [i for step in range(steps) for i in data.batch_indices(n, size, step, seed=6)]
+    assert data.batch_indices(n, size, 2, seed=5) == row[2 * size : 3 * size]
+    assert n < 7 or row != [
+        i for step in range(steps) for i in data.batch_indices(n, size, step, seed=6)
+    ]
 
 
 def test_no_records_to_train_on_is_said(tmp_path):
-    with pytest.raises(data.DataError, match="no records"):
+    with pytest.raises(DataError, match="no records"):
         data.batch_indices(0, 4, 0, seed=0)
 
 
 # ---------------------------------------------------------------- pictures
 
+
 def test_open_image(tmp_path):
     Image.new("L", (5, 4), 9).save(tmp_path / "grey.png")
-    image = data.open_image(tmp_path / "grey.png")
+    image = open_image(tmp_path / "grey.png")
     assert image.mode == "RGB" and image.size == (5, 4) and image.getpixel((0, 0)) == (9, 9, 9)
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"no picture at all"),
-                                  lambda p: p.write_bytes(p.with_name("whole.png").read_bytes()[:200])])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: None,
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(b"no picture at all"),
+        lambda p: p.write_bytes(p.with_name("whole.png").read_bytes()[:200]),
+    ],
+)
 def test_a_broken_picture_is_named(tmp_path, make):
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     make(tmp_path / "broken.png")
-    with pytest.raises(data.DataError, match=r"broken\.png: cannot be read as an image"):
-        data.open_image(tmp_path / "broken.png")
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read as an image"):
+        open_image(tmp_path / "broken.png")
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
@@ -248,56 +356,92 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     assert (tmp_path / "bomb.png").stat().st_size < 5000
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**7)
     monkeypatch.setattr(Image.Image, "convert", None)
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(data.DataError, match="4000 x 3000 pixels, more than"):
-        data.open_image(tmp_path / "bomb.png")
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(DataError, match="4000 x 3000 pixels, more than"),
+    ):
+        open_image(tmp_path / "bomb.png")
 
 
 def test_a_picture_that_cannot_be_used_is_named_by_line(tmp_path, processor):
     (tmp_path / "images").mkdir()
-    record, = data.read(write(tmp_path, line()))
-    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*7\.png: cannot be read as an image"):
+    (record,) = read(write(tmp_path, line()))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*7\.png: cannot be read as an image"):
         data.load_batch([record], processor)
     Image.new("RGB", (112, 224)).save(record["image"])
     grid = data.load_batch([record], processor).grid_thw
     assert processor.image_tokens(112, 224) == processor.visual_tokens(grid)[0]
-    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*more than --max-image-tokens 9"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*more than --max-image-tokens 9"):
         data.load_batch([record], processor, 9)
     Image.new("RGB", (1000, 2)).save(record["image"])
-    with pytest.raises(data.DataError, match=r"train\.jsonl:1: .*ratio"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*ratio"):
         data.load_batch([record], processor)
 
 
 # ---------------------------------------------------------------- batches
 
+
 def test_load_batch_reads_what_the_records_name(world_folder, processor):
-    records = data.read(world_folder / "train.jsonl")[:3]
+    records = read(world_folder / "train.jsonl")[:3]
     batch = data.load_batch(records, processor)
     assert batch.grid_thw.tolist() == [[1, 8, 8]] * 3 and batch.pixel_values.shape[0] == 3 * 64
     for row, record in zip(batch.ids, records):
         assert row.count(processor.image_token_id) == 16
         assert record["question"] in processor.tokenizer.decode(row)
-    assert torch.equal(batch[[1]].pixel_values, data.load_batch(records[1:2], processor).pixel_values)
+    assert torch.equal(
+        batch[[1]].pixel_values, data.load_batch(records[1:2], processor).pixel_values
+    )
 
 
 def test_records_without_their_chains(world_folder, processor, tmp_path):
-    """Table 3's "w/o Reasoning": the answer, of a caption the caption, to the question alone, as `evaluate.py --plain` asks it."""
-    records = data.read(world_folder / "train.jsonl")[:20]
+    """Table 3's "w/o Reasoning": the answer, of a caption the caption, to the question alone."""
+    records = read(world_folder / "train.jsonl")[:20]
     for r in records:
-        assert data.plain_answer(r) == (r["caption"] if r["form"] == "caption" else r["answer"]) and "<" not in data.plain_answer(r)
+        assert data.plain_answer(r) == (
+            r["caption"] if r["form"] == "caption" else r["answer"]
+        ) and "<" not in data.plain_answer(r)
     assert {r["form"] for r in records} == {"choice", "open", "caption"}
     batch = data.load_batch(records[:2], processor, plain=True)
-    assert batch.ids == [processor.prompt_ids(r["question"], [16]) for r in records[:2]] != data.load_batch(records[:2], processor).ids
+    assert (
+        batch.ids
+        == [processor.prompt_ids(r["question"], [16]) for r in records[:2]]
+        != data.load_batch(records[:2], processor).ids
+    )
     (tmp_path / "images").mkdir()
-    answered, silent = data.read(write(tmp_path, line(), line(conversations=[{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a cat"}])))
+    answered, silent = read(
+        write(
+            tmp_path,
+            line(),
+            line(
+                conversations=[
+                    {"from": "human", "value": "<image>what?"},
+                    {"from": "gpt", "value": "a cat"},
+                ]
+            ),
+        )
+    )
     assert data.plain_answer(answered) == answered["chain"].answer
-    with pytest.raises(data.DataError, match=r"train\.jsonl:2: there is no answer to train on"):
+    with pytest.raises(DataError, match=r"train\.jsonl:2: there is no answer to train on"):
         data.plain_answer(silent)
 
 
-def test_skip_bad_leaves_out_records_without_an_answer_where_answers_are_all(processor, tmp_path, capsys):
+def test_skip_bad_leaves_out_records_without_an_answer_where_answers_are_all(
+    processor, tmp_path, capsys
+):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (56, 56)).save(tmp_path / "images" / "7.png")
-    records = data.read(write(tmp_path, line(), line(conversations=[{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a cat"}])))
+    records = read(
+        write(
+            tmp_path,
+            line(),
+            line(
+                conversations=[
+                    {"from": "human", "value": "<image>what?"},
+                    {"from": "gpt", "value": "a cat"},
+                ]
+            ),
+        )
+    )
     for plain, kept in ((False, 2), (True, 1)):
         out = tmp_path / str(plain)
         out.mkdir()
@@ -329,22 +473,45 @@ def test_prefetch_makes_at_most_one_ahead():
 
 def test_prefetch_by_processes_gives_the_same():
     """In order, arrays and tensors as they were made, by other processes."""
-    make = lambda step: {"pid": os.getpid(), "tensor": torch.full((3,), step), "array": np.arange(step), "text": str(step)}
+
+    def make(step):
+        array, tensor = np.arange(step), torch.full((3,), step)
+        return {"pid": os.getpid(), "tensor": tensor, "array": array, "text": str(step)}
+
     found = list(data.prefetch(make, range(3, 9), workers=2))
-    assert [step for step, _ in found] == list(range(3, 9)) and os.getpid() not in {item["pid"] for _, item in found}
+    assert [step for step, _ in found] == list(range(3, 9)) and os.getpid() not in {
+        item["pid"] for _, item in found
+    }
     for step, item in found:
-        assert torch.equal(item["tensor"], torch.full((3,), step)) and np.array_equal(item["array"], np.arange(step)) and item["text"] == str(step)
+        assert (
+            torch.equal(item["tensor"], torch.full((3,), step))
+            and np.array_equal(item["array"], np.arange(step))
+            and item["text"] == str(step)
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_prefetch_raises_where_the_step_is_due(workers):
     def make(step):
         if step == 2:
-            raise data.DataError("train.jsonl:2: broken")
+            raise DataError("train.jsonl:2: broken")
         return step
 
     seen = []
-    with pytest.raises(data.DataError, match="train.jsonl:2"):
+    with pytest.raises(DataError, match="train.jsonl:2"):
         for step, _ in data.prefetch(make, range(5), workers):
             seen.append(step)
     assert seen == [0, 1]
+
+
+# ---------------------------------------------------------------- what is imported
+
+
+def test_reading_a_record_needs_no_plot_and_no_evaluation():
+    code = "import sys, rr1.data; print(*sorted(sys.modules))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    modules = done.stdout.split()
+    assert "rr1.records" in modules
+    unwanted = ("matplotlib", "rr1.evaluation", "rr1.u1", "rr1.annotate", "rr1.run_folder")
+    assert not [name for name in modules if name.startswith(unwanted)]
