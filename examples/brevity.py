@@ -1,6 +1,9 @@
 """Pay for brevity: 1 for an empty response, 0 at 100 tokens, and on down.
 
-    torchrun train_grpo.py --rewards deg len examples/brevity.py:brevity --reward-weights 1 1 0.5 --out runs/brevity
+Beside the paper's rewards, with a small weight:
+
+    torchrun train_grpo.py --rewards deg len examples/brevity.py:brevity \\
+        --reward-weights 1 1 0.5 --out runs/brevity
 """
 
 

@@ -194,7 +194,9 @@ def _normal(raw: Any, folder: Path) -> dict:
     is_aokvqa = "question_id" in raw and not raw.keys() & {"conversations", "messages"}
     raw |= _aokvqa(raw) if is_aokvqa else _turns(raw)
     images = raw.get("images") or raw["image"]
-    paths = [_inside(folder, path) for path in (images if isinstance(images, list) else [images])]
+    if not images or not isinstance(images, list):
+        images = [images]
+    paths = [_inside(folder, path) for path in images]
     raw["image"] = paths[0] if len(paths) == 1 else paths
     if "clean_image" in raw:
         raw["clean_image"] = _inside(folder, raw["clean_image"])
@@ -207,9 +209,7 @@ def _normal(raw: Any, folder: Path) -> dict:
 def _inside(folder: Path, path: Any) -> str:
     """The full path of a picture, which may not leave the folder: by `..`, or over a link."""
     if not isinstance(path, str):
-        raise ValueError(
-            f"image is {path!r}; expected a path in the image folder, or a list of them"
-        )
+        raise ValueError(f"image is {path!r}; expected one path in the image folder, or several")
     root, full = os.path.realpath(folder), os.path.realpath(os.path.join(folder, path))
     if os.path.commonpath([root, full]) != root:
         problem = f"image {path!r} leads to {full}, out of the image folder {root}"
@@ -258,7 +258,8 @@ def _without_marks(question: str, pictures: int) -> str:
     """
     marks = question.count(IMAGE)
     if marks != pictures and (marks, pictures) != (0, 1):  # one picture may go unmarked
-        counts = f"the question has {marks} times {IMAGE}, image has {pictures} paths"
+        paths = f"{pictures} path{'s' * (pictures > 1)}"
+        counts = f"the question has {marks} times {IMAGE}, image has {paths}"
         raise ValueError(f"{counts}: write {IMAGE} once for each path")
     if pictures == 1:
         return question.replace(IMAGE, "").strip()

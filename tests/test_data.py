@@ -118,12 +118,12 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
         (line(image="a/../../secret.png"), "out of the image folder"),
         (line(image="/etc/secret.png"), "out of the image folder"),
         (line(clean_image="../secret.png"), "out of the image folder"),
-        (line(image=7), "image is 7; expected a path"),
-        (line(image=[]), "'image' is missing|image has 0 paths"),
+        (line(image=7), "image is 7; expected one path"),
+        (line(image=[]), r"image is \[\]; expected one path"),
         (line(degradations=[{"type": "noise"}]), "degradations"),
         (line(degradations=[{"name": "noise", "s": 0.2}]), "degradations"),
         (line(degradations="noise"), "degradations"),
-        (line(clean_image=7), "expected a path"),
+        (line(clean_image=7), "image is 7; expected one path"),
     ],
 )
 def test_a_bad_record_is_named_by_file_and_line(tmp_path, bad, message):
