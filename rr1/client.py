@@ -137,7 +137,7 @@ class ChatClient:
         status, problem = error.status_code, f"HTTP {error.status_code}"
         if status in (401, 403):
             return self.stop(f"{problem}: the key in OPENAI_API_KEY was not accepted")
-        if status == 402 or "insufficient_quota" in str(error):
+        if status == 402 or error.code == "insufficient_quota":
             return self.stop(f"{problem}: the account has no money left")
         if status == 404:
             where = self._client.base_url

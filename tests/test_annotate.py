@@ -3,25 +3,22 @@ real HTTP that answers well, badly, late or never, while the process is killed."
 
 import base64
 import json
-import multiprocessing
-import os
 import signal
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from endpoint import flags, good_answer, serving, start, write_questions
 from matplotlib.figure import Figure
 
 from degrade import DEGRADATIONS, STAGES, Degradation, degrade
-from rr1 import annotate, client, records, rewards
+from rr1 import annotate, records, rewards
 from rr1.annotate import __main__ as command
 from rr1.annotate import card, teachers
 from rr1.annotate.questions import Truth, read_questions
@@ -29,7 +26,6 @@ from rr1.annotate.teachers import Rejected, fill, template_teacher
 from rr1.chain import Chain, is_well_formed, render
 from rr1.client import ChatClient
 from rr1.files import read_lines
-from rr1.tiny import world
 
 PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared" / "photos"
 TRUTH = Truth("what is on the track?", ["a truck", "a wagon", "a jeep"], "1")
@@ -40,20 +36,7 @@ CHAIN = Chain(D_D, "soft and grainy", "wheels on rails", "it is a wagon", "1")
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """JSON lines of 12 questions about drawn scenes; every third is open."""
-    folder = tmp_path_factory.mktemp("photos")
-    lines = []
-    for n in range(12):
-        rng = np.random.default_rng(n)
-        scene = world.sample_scene(rng)
-        cv2.imwrite(str(folder / f"{n}.png"), world.draw(scene, rng)[..., ::-1])
-        asked = world.questions(scene)[0]
-        row = {"image": f"{n}.png", "question": asked.text, "answer": asked.answer, "id": f"q{n}"}
-        lines.append(
-            json.dumps(row if n % 3 == 0 else row | {"choices": world.choices(asked, rng)})
-        )
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "questions.jsonl"
+    return write_questions(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(autouse=True)
@@ -444,167 +427,14 @@ def test_a_broken_photo_is_rejected_and_the_rest_goes_on(questions, tmp_path):
 # ---------------------------------------------------------------- a teacher over HTTP
 
 
-class Server:
-    """A chat endpoint on the loopback.
-
-    `behave(request)` says how to treat a request: "ok", a status, "html", "odd", "never", or a dict
-    that changes the good answer's choice. `log` has every request in order, `paid` the requests
-    that were answered.
-    """
-
-    def __init__(self):
-        self.log, self.paid, self.behave, self.lock = [], [], lambda request: "ok", threading.Lock()
-        self.open, self.most_open, self.slow, self.release = 0, 0, 0.0, threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                outer.handle(self)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        threading.Thread(
-            target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def handle(self, http):
-        raw = http.rfile.read(int(http.headers["Content-Length"]))
-        content = json.loads(raw)["messages"][0]["content"]
-        prompt, *pictures = [content] if isinstance(content, str) else content
-        prompt = prompt["text"] if pictures else prompt
-        with self.lock:
-            request = SimpleNamespace(
-                number=len(self.log),
-                body=raw,
-                prompt=prompt,
-                step=step_of(prompt),
-                model=json.loads(raw)["model"],
-                pictures=[part["image_url"]["url"] for part in pictures],
-                key=http.headers["Authorization"],
-                max_tokens=json.loads(raw).get("max_tokens"),
-                time=time.monotonic(),
-            )
-            self.log.append(request)
-            self.open += 1
-            self.most_open = max(self.most_open, self.open)
-        time.sleep(self.slow)
-        try:
-            self.reply(http, request, self.behave(request))
-        except OSError:
-            pass  # the other side was killed
-        finally:
-            with self.lock:
-                self.open -= 1
-
-    def reply(self, http, request, how):
-        if how == "never":
-            self.release.wait(20)
-            return
-        status, kind, body = 200, "application/json", None
-        if isinstance(how, int):
-            status, body = (
-                how,
-                json.dumps(
-                    {"error": {"message": f"no, {request.key}: use 'max_completion_tokens'"}}
-                ),
-            )
-        elif how == "html":
-            kind, body = "text/html", "<html>Bad gateway</html>"
-        elif how == "odd":
-            body = "{]" if request.number % 2 else json.dumps({"choices": []})
-        else:
-            choice = {
-                "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": good_answer(request.prompt)},
-            }
-            choice |= how if isinstance(how, dict) else {}
-            body = json.dumps(
-                {
-                    "id": "1",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": "m",
-                    "choices": [choice],
-                    "usage": {
-                        "prompt_tokens": 1000,
-                        "completion_tokens": 100,
-                        "total_tokens": 1100,
-                    },
-                }
-            )
-        http.send_response(status)
-        http.send_header("Content-Type", kind)
-        http.send_header("Content-Length", str(len(body)))
-        if status == 429:
-            http.send_header("Retry-After", "0.02")
-        http.end_headers()
-        half = len(body) // 2
-        http.wfile.write(body[:half].encode())
-        if how == "kill during":
-            self.kill()
-        http.wfile.write(body[half:].encode())
-        if isinstance(how, dict) or isinstance(how, str) and how.split()[0] in ("ok", "kill"):
-            with self.lock:
-                self.paid.append(request.body)
-        if how == "kill after":
-            self.kill()
-        if how == "kill once on file":
-            while self.on_file() < self.number_on_file + 1:
-                time.sleep(0.002)
-            self.kill()
-
-    def on_file(self):
-        return len(read_lines(self.answers))
-
-    def kill(self):
-        os.kill(self.victim, signal.SIGKILL)
-
-
-def step_of(prompt):
-    marks = {
-        "influence": "Describe what the damage does",
-        "reasoning": "Reason out",
-        "conclusion": "Draw the conclusion",
-        "length": "Rewrite the",
-    }
-    (step,) = (step for step, mark in marks.items() if mark in prompt)
-    return step
-
-
-def good_answer(prompt):
-    step = step_of(prompt)
-    return (
-        prompt.partition("nothing else.\n\n")[2]
-        if step == "length"
-        else f"a {step} of {len(prompt)} letters and {sum(map(ord, prompt)) % 9973}"
-    )
-
-
 @pytest.fixture
 def server(monkeypatch):
-    pytest.importorskip("openai")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-8191")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
-    monkeypatch.setattr(client, "PAUSE", 0.02)
-    server = Server()
-    yield server
-    server.release.set()
-    server.http.shutdown()
-    server.http.server_close()
+    with serving(monkeypatch) as server:
+        yield server
 
 
 def chat_teacher(model, server, folder):
     return teachers.ChatTeacher(ChatClient(model, server.url), folder / "answers.jsonl")
-
-
-def flags(server, *more):
-    return ["--teacher", "m", "--base-url", server.url, "--workers", 1, "--limit", 2, *more]
 
 
 def test_four_requests_a_question_and_none_when_all_is_done(server, questions, tmp_path):
@@ -831,19 +661,6 @@ def test_a_dry_run_shows_the_prompts_and_asks_and_writes_nothing(
 
 
 # ---------------------------------------------------------------- killed at any moment
-
-
-def start(server, questions, out, *more):
-    """annotate in a process of its own, which the server may kill."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rr1.annotate.__main__", "openai"])
-    process = context.Process(
-        target=command.main,
-        args=(["--data", str(questions), "--out", str(out), *map(str, flags(server, *more))],),
-    )
-    process.start()
-    server.victim = process.pid
-    return process
 
 
 def test_sigkill_at_any_moment_loses_no_paid_answer_and_pays_for_none_twice(
