@@ -82,7 +82,9 @@ def score(row: dict) -> tuple[float, bool]:
     answer = row["response"]
     if not row["plain"]:
         chain = parse(answer)
-        answer = chain.conclusion if row["form"] == "caption" else chain.answer
+        answer = chain.answer
+        if row["form"] == "caption":
+            answer = chain.conclusion
     return score_answer(answer, row["form"], row["answer"], row["choices"])
 
 
@@ -112,8 +114,9 @@ def measures(judged: Rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     everyone = np.ones(len(judged))
     is_choice = [row["form"] == "choice" for row in judged]
     choice = is_known("score") * is_choice
+    has_chains = not any(row["plain"] for row in judged)
     found = {}
-    if not any(row["plain"] for row in judged):
+    if has_chains:
         found["r_deg"] = column("r_deg"), is_known("r_deg")
         found["r_len"] = column("r_len"), is_known("r_len")
         found["type_f1"] = 2 * column("matched"), column("named") + column("true")
@@ -133,7 +136,8 @@ def summary(judged: Rows, seed: int = 0) -> dict[str, Estimate]:
     found = {}
     for name, (above, below) in measures(judged).items():
         if name in SHARES:
-            found[name] = wilson(above.sum(), int(below.sum()))
+            n = int(below.sum())
+            found[name] = wilson(above.sum(), n)
         else:
             found[name] = bootstrap(above, below, seed)
     return found
@@ -150,7 +154,9 @@ def strength(row: dict) -> str | None:
     """A benchmark's own strength, or the `level` of the total intensity; None if not known."""
     if "strength" in row:
         return row["strength"]
-    return level(row["total"]) if row["true_types"] else None
+    if not row["true_types"]:
+        return None
+    return level(row["total"])
 
 
 def damaged(judged: Rows) -> list[dict]:
@@ -219,8 +225,9 @@ def table_1(judged: Rows, seed: int = 0) -> dict:
     groups = grouped(rows, names)
     cells = {name: groups.get(name, []) for name in CELLS}
     table = {name: share(cell, seed) for name, cell in cells.items()}
-    table["overall"], table["per question"] = means(cells.values(), rows, seed)
-    table["overall"]["cells"] = len(groups.keys() & set(CELLS))
+    overall, per_question = means(cells.values(), rows, seed)
+    table |= {"overall": overall, "per question": per_question}
+    overall["cells"] = len(groups.keys() & set(CELLS))
     return table
 
 
@@ -249,8 +256,8 @@ def categories(judged: Rows, seed: int = 0) -> dict:
     if not cells:
         return {}
     table = {name: share(cells[name], seed) for name in sorted(cells)}
-    table["mean of categories"], table["per question"] = means(cells.values(), rows, seed)
-    return table
+    mean, per_question = means(cells.values(), rows, seed)
+    return table | {"mean of categories": mean, "per question": per_question}
 
 
 def versus(after: Rows, before: Rows, seed: int = 0) -> dict:
@@ -260,8 +267,9 @@ def versus(after: Rows, before: Rows, seed: int = 0) -> dict:
     (lost), and McNemar's exact p. Questions that only one of them was asked are left out.
     """
     then = {row["key"]: judge(row) for row in before}
-    asked_both = [judge(row) for row in after if row["key"] in then]
-    now = scored(asked_both, "choice")
+    asked_both = [row for row in after if row["key"] in then]
+    judged = [judge(row) for row in asked_both]
+    now = scored(judged, "choice")
     groups = grouped(now, map(way_of_showing, now))
     table = {}
     for name in sorted(groups, key=place):
@@ -271,8 +279,11 @@ def versus(after: Rows, before: Rows, seed: int = 0) -> dict:
         gained = int((scores > scores_then).sum())
         lost = int((scores < scores_then).sum())
         difference = paired_difference((scores, None), (scores_then, None), seed)
-        table[name] = difference._asdict()
-        table[name] |= {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+        table[name] = difference._asdict() | {
+            "gained": gained,
+            "lost": lost,
+            "p": mcnemar(gained, lost),
+        }
     return table
 
 

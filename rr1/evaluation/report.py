@@ -1,10 +1,17 @@
 """Everything about one model as plain numbers; several models as Markdown, a column a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rr1.evaluation.figure_6 import figure_6
-from rr1.evaluation.metrics import categories, damaged, judge, summary, table_1, table_2
-from rr1.evaluation.statistics import cell, markdown
+from rr1.evaluation.metrics import (
+    categories,
+    damaged,
+    judge,
+    summary,
+    table_1,
+    table_2,
+)
+from rr1.evaluation.statistics import cell, interval, markdown
 
 SUMMARY = "Damaged pictures, one line a model:"
 TABLE_1 = """\
@@ -15,6 +22,7 @@ Overall is the plain mean of the nine cells."""
 TABLE_2 = """\
 Table 2: choice questions on the clean picture and on it damaged by one type at each intensity:
 share right."""
+OF_FIGURE_6 = ("type_f1", "intensity_error", "length", "clean_called_damaged")
 CATEGORIES = "Choice questions by category, on the pictures as they came."
 FIGURE_6 = """\
 Figure 6: types, intensities and length of the chain on damaged pictures; clean pictures called
@@ -30,15 +38,17 @@ def of_model(rows: Sequence[dict], seed: int = 0) -> dict:
     judged = [judge(row) for row in rows]
     own = [row for row in judged if row["shown"] == "as is"]
     summed = summary(damaged(judged), seed)
+    others = {form: table_2(judged, form, seed) for form in ("open", "direct")}
     found = {
         "summary": {name: estimate._asdict() for name, estimate in summed.items()},
         "table_1": table_1(judged, seed) if own else {},
         "table_2": table_2(judged, seed=seed),
-        "others": {form: table_2(judged, form, seed) for form in ("open", "direct")},
+        "others": others,
         "categories": categories(judged, seed),
     }
-    is_plain = any(row["plain"] for row in rows)
-    if not is_plain and any(row["degradations"] is not None for row in own):
+    has_chains = not any(row["plain"] for row in rows)
+    is_known = any(row["degradations"] is not None for row in own)
+    if has_chains and is_known:
         found["figure_6"] = figure_6(judged, seed)
     return found
 
@@ -51,51 +61,73 @@ def as_text(reports: dict[str, dict]) -> str:
     first = next(iter(reports))
     parts = {name: tables(report) for name, report in reports.items()}
     blocks = [SUMMARY, summary_table(reports)]
-    for title in parts[first] | {FIGURE_6: {}, VERSUS: {}}:
+    for title in [*parts[first], FIGURE_6, VERSUS]:
         columns = {name: part[title] for name, part in parts.items() if title in part}
-        rows = dict.fromkeys(row for column in columns.values() for row in column)
-        if rows:
-            lines = [[row, *(column.get(row, "-") for column in columns.values())] for row in rows]
-            blocks += [title.format(first), markdown(["", *columns], lines)]
+        if title.format(first) not in blocks and any(columns.values()):
+            blocks += [title.format(first), side_by_side(columns)]
     return "\n\n".join(blocks)
 
 
+def side_by_side(columns: dict[str, dict[str, str]]) -> str:
+    """{column: {row: cell}} as a table; "-" where a column lacks a row."""
+    rows: dict[str, list[str]] = {}
+    for column in columns.values():
+        for row in column:
+            rows[row] = [row]
+    for row, line in rows.items():
+        for column in columns.values():
+            line.append(column.get(row, "-"))
+    return markdown(["", *columns], list(rows.values()))
+
+
 def summary_table(reports: dict[str, dict]) -> str:
-    found = [report["summary"] for report in reports.values()]
-    measures = max(found, key=len)  # a plain model has fewer
-    lines = [[short(estimates.get(measure)) for measure in measures] for estimates in found]
-    return markdown(["", *measures], [[name, *line] for name, line in zip(reports, lines)])
+    summaries = [report["summary"] for report in reports.values()]
+    measures = max(summaries, key=len)  # a plain model has fewer
+    lines = []
+    for name, report in reports.items():
+        values = [short(report["summary"].get(measure)) for measure in measures]
+        lines.append([name, *values])
+    return markdown(["", *measures], lines)
 
 
 def tables(report: dict) -> dict[str, dict[str, str]]:
     """title -> {row: cell} of one model."""
-    found = {TABLE_1: cells(report["table_1"]), TABLE_2: cells(report["table_2"], percent=True)}
+    found = {TABLE_1: cells(report["table_1"])}
+    found[TABLE_2] = cells(report["table_2"], label)
     for form, table in report["others"].items():
-        found[f"The same for {form} questions."] = cells(table, percent=True)
+        found[f"The same for {form} questions."] = cells(table, label)
     found[CATEGORIES] = cells(report["categories"])
     if "figure_6" in report:
         numbers = report["figure_6"] | report["summary"]
-        names = ("type_f1", "intensity_error", "length", "clean_called_damaged")
-        found[FIGURE_6] = cells({name.replace("_", " "): numbers[name] for name in names})
+        rows = {name: numbers[name] for name in OF_FIGURE_6}
+        found[FIGURE_6] = cells(rows, spaced)
     if "versus" in report:
         found[VERSUS] = {label(row): change(e) for row, e in report["versus"].items()}
     return found
 
 
-def cells(table: dict[str, dict], percent: bool = False) -> dict[str, str]:
-    return {label(row) if percent else row: cell(estimate) for row, estimate in table.items()}
+def cells(table: dict[str, dict], name_of: Callable[[str], str] = str) -> dict[str, str]:
+    return {name_of(row): cell(estimate) for row, estimate in table.items()}
+
+
+def spaced(row: str) -> str:
+    return row.replace("_", " ")
 
 
 def label(row: str) -> str:
     """`0.25`, an intensity, as `25%`; a word as it is."""
-    return f"{float(row):.0%}" if row[:1].isdigit() else row
+    if row[:1].isdigit():
+        return f"{float(row):.0%}"
+    return row
 
 
 def short(estimate: dict | None) -> str:
-    return "-" if estimate is None or estimate["value"] is None else f"{estimate['value']:.3f}"
+    if estimate is None or estimate["value"] is None:
+        return "-"
+    return f"{estimate['value']:.3f}"
 
 
 def change(e: dict) -> str:
     """`+0.012 [-0.040, +0.065] n 170, +11 -9, p 0.82`."""
-    difference = f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}] n {e['n']}"
-    return f"{difference}, +{e['gained']} -{e['lost']}, p {e['p']:.2g}"
+    difference = interval(e).strip("*")
+    return f"{difference} n {e['n']}, +{e['gained']} -{e['lost']}, p {e['p']:.2g}"

@@ -5,6 +5,7 @@ answers and captions of R-Bench are scored by its judge (`rr1.evaluation.votes`)
 here instead stands in for that and is reported as "proxy".
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from rr1.answers import choice_index, plain
 from rr1.chain import TAGS, parse
 
 BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+ANSWER_IS = re.compile(r"(?i:answer\s+is)\s+\**([A-D])\b")
 
 
 # ---------------------------------------------------------------- our own data, the drawn world
@@ -23,14 +25,18 @@ def caption_phrases(text: str) -> Counter:
     `a red star top left, a blue ring top right on sand` has three.
     """
     things, on, ground = text.rpartition(" on ")
-    phrases = [*things.split(","), f"on {ground}"] if on else text.split(",")
-    return Counter(phrase for phrase in map(plain, phrases) if phrase)
+    phrases = text.split(",")
+    if on:
+        phrases = [*things.split(","), f"on {ground}"]
+    return Counter(filter(None, map(plain, phrases)))
 
 
 def caption_f1(caption: str, truth: str) -> float:
     """F1 over phrases, each counted once for each time that it stands there."""
-    said, true = caption_phrases(caption), caption_phrases(truth)
-    return 2 * (said & true).total() / max(1, said.total() + true.total())
+    said = caption_phrases(caption)
+    true = caption_phrases(truth)
+    matched = (said & true).total()
+    return 2 * matched / max(1, said.total() + true.total())
 
 
 def score_answer(
@@ -41,7 +47,8 @@ def score_answer(
     An answer that names no choice is wrong and unparsed; a choice may be named by index, letter or
     text.
     """
-    if not answer or not answer.strip():
+    answer = (answer or "").strip()
+    if not answer:
         return 0.0, False
     if form == "caption":
         return caption_f1(answer, truth), True
@@ -70,32 +77,43 @@ def find_answer(response: str, form: str) -> str | None:
 
 
 def read_choice(answer: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that is meant, None if that cannot be told. `options`: letter ->
-    text.
+    """The letter of the option that is meant, None if that cannot be told.
 
-    First what is exactly a letter, an option's text, or both. Then the public rule for free text
-    (VLMEvalKit's without a judge): the one letter that stands among the words, if it is one of the
-    last four; otherwise, of an answer at most twice as long as all options, the one option whose
-    text occurs in it. Last an index from 0, unless options are numbers themselves.
+    `options`: letter -> text. First VLMEvalKit's rules (`free_text_choice`), so that figures can be
+    compared. What they cannot read counts if it is exactly a letter or a text in another case, or
+    both, or an index from 0 where no option is itself a number.
     """
+    letter = free_text_choice(answer, options)
+    if letter:
+        return letter
+    texts = list(options.values())
     said = plain(answer)
-    exact = [a for a, text in options.items() if said in (a.lower(), plain(f"{a} {text}"))]
-    exact = exact or [a for a, text in options.items() if said == plain(text)]
-    if len(exact) == 1:
-        return exact[0]
+    is_index = said[:1].isdigit()
+    if is_index and any(text[:1].isdigit() for text in texts):
+        return None
+    index = choice_index(answer, texts)
+    return None if index is None else list(options)[index]
+
+
+def free_text_choice(answer: str, options: dict[str, str]) -> str | None:
+    """VLMEvalKit's rules without a judge, of August 2026 (`can_infer`).
+
+    The one letter that stands among the words, if it is one of the last four; or the letter after
+    "answer is"; or, of an answer at most twice as long as all options, the one option whose text
+    occurs in it. One difference: after "answer is" the letter is a capital and stands alone, where
+    theirs reads D in "the answer is dog".
+    """
     words = answer.translate(BLANKS).split()
-    named = [a for a in options if a in words]
-    if len(named) == 1 and named[0] in words[-4:]:
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
         return named[0]
-    if len(answer) <= 2 * sum(map(len, options.values())):
-        found = [a for a, text in options.items() if text.lower() in answer.lower()]
-        if len(found) == 1:
-            return found[0]
-    options_are_numbers = any(text[:1].isdigit() for text in options.values())
-    if said[:1].isdigit() and not options_are_numbers:
-        index = choice_index(answer, list(options.values()))
-        return None if index is None else list(options)[index]
-    return None
+    stated = ANSWER_IS.search(answer)
+    if stated and stated[1] in options:
+        return stated[1]
+    if len(answer) > 2 * sum(map(len, options.values())):
+        return None
+    found = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return found[0] if len(found) == 1 else None
 
 
 def rouge_l(said: str, true: str) -> float:
@@ -105,7 +123,9 @@ def rouge_l(said: str, true: str) -> float:
     for word in words:
         before = longest[:]
         for j, other in enumerate(truth):
-            longest[j + 1] = before[j] + 1 if word == other else max(before[j + 1], longest[j])
+            longest[j + 1] = max(before[j + 1], longest[j])
+            if word == other:
+                longest[j + 1] = before[j] + 1
     return 2 * longest[-1] / max(1, len(words) + len(truth))
 
 
@@ -118,18 +138,21 @@ def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
     open     proxy: does the true answer, as whole words, occur in the answer?
     caption  proxy: mean ROUGE-L over the reference captions
     """
-    if not answer or not answer.strip():
+    answer = (answer or "").strip()
+    if not answer:
         return 0.0, False
     if row["form"] == "choice":
         picked = read_choice(answer, dict(zip(row["letters"], row["choices"])))
         return float(picked == row["answer"]), picked is not None
     if row["form"] == "direct":
-        agreeing = sum(plain(answer) == plain(true) for true in row["references"])
+        people = [plain(true) for true in row["references"]]
+        agreeing = people.count(plain(answer))
         return min(1.0, agreeing / 3), True
     if row["form"] == "caption":
         scores = [rouge_l(answer, true) for true in row["references"]]
         return sum(scores) / len(scores), True
-    return float(f" {plain(row['answer'])} " in f" {plain(answer)} "), True
+    true, said = f" {plain(row['answer'])} ", f" {plain(answer)} "
+    return float(true in said), True
 
 
 def score_votes(votes: list[int | None], most: int) -> tuple[float, bool]:

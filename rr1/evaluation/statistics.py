@@ -56,12 +56,13 @@ def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
     cells = [np.asarray(cell, float) for cell in cells if len(cell)]
     if not cells:
         return NOTHING
-    draws = []
+    means, draws = [], []
     for i, cell in enumerate(cells):
+        means.append(cell.mean())
         picks = _picks(len(cell), seed + i)
         draws.append(cell[picks].mean(1))  # (DRAWS,)
-    value = float(np.mean([cell.mean() for cell in cells]))
-    return Estimate(value, *_interval(np.mean(draws, 0)), sum(map(len, cells)))
+    n = sum(map(len, cells))
+    return Estimate(float(np.mean(means)), *_interval(np.mean(draws, 0)), n)
 
 
 def paired_difference(after: tuple, before: tuple, seed: int = 0) -> Estimate:
