@@ -1,14 +1,17 @@
 """How long does a GRPO step take, beside TRL's on the same model, pictures and prompts?
 
     pip install trl==1.16.0                     # the peer; nothing else in the repository needs it
-    python bench/grpo.py                        # one thread; prints the tables, writes runs/bench-grpo/report.md and report.json
+    python bench/grpo.py                        # one thread; writes runs/bench-grpo/report.md
     python bench/grpo.py --configurations photo photo-G4 photo-G16 --rounds 7
 
-Two processes stand side by side, one runs `train_grpo.main`, the other `trl.GRPOTrainer.train`. They take turns, step by step, so
-that whatever slows the machine slows both; ratios are medians over turns. The first turn of each warms up and does not count. Both
-sample the same number of new tokens (the end of turn is suppressed), both keep a reference (beta 0.04), freeze the vision tower and do one AdamW update.
-Counters on the model's own classes say what each computed. Memory is the peak of each process.
+Three processes stand side by side: `train_grpo.main` without rr1/fast.py ("plain") and with it
+("fast"), and `trl.GRPOTrainer.train`. They take turns, step by step, so that whatever slows the
+machine slows all; ratios are medians over turns. The first turn of each warms up and does not
+count. All sample the same number of new tokens (the end of turn is suppressed), keep a reference
+(beta 0.04), freeze the vision tower and do one AdamW update. Counters on the model's own classes
+say what each computed. Memory is the peak of each process.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -21,111 +24,162 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
 from tqdm import tqdm
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-ROOT = Path(__file__).resolve().parent.parent
-from rr1 import runtime
-from rr1.files import to_json, write_text
-from rr1.runtime import opt
+import train_grpo
+from rr1 import data, fast, rollout, run_folder, runtime, tiny, vlm
 from rr1.evaluation.statistics import markdown
+from rr1.files import write_json, write_text
+from rr1.runtime import opt
 
-PHOTO = {"width": 640, "height": 480, "text": 150, "new": 128, "groups": 1, "hidden": 256, "head": 64, "layers": 6, "vocab": 4096}
-CONFIGURATIONS = {
-    "photo": PHOTO | {"G": 8}, "photo-G4": PHOTO | {"G": 4}, "photo-G16": PHOTO | {"G": 16},
-    "tiny": {"width": 112, "height": 112, "text": 40, "new": 64, "groups": 16, "hidden": 192, "head": 48, "layers": 6, "vocab": 710, "G": 8}}
-ABOUT = {"photo": "a 640 x 480 photo, 150 tokens of text, 128 new tokens, G 8", "photo-G4": "the same, G 4", "photo-G16": "the same, G 16",
-         "tiny": "the default run's sizes: 16 groups of 8, 64 new tokens"}
+KINDS = ("plain", "fast", "peer")
 PHASES = ("rollout", "score", "update")
 
 
-# ---------------------------------------------------------------- what both are given
+@dataclass
+class Setting:
+    """Sizes of a model and of its work."""
 
-def write_inputs(folder: Path, c: dict, steps: int) -> None:
-    """A random model and, for each step, its groups' pictures and prompts, as an ordinary checkpoint and data set."""
-    import numpy as np
-    import torch
-    from PIL import Image
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    about: str
+    G: int = 8
+    groups: int = 1
+    width: int = 640
+    height: int = 480
+    text: int = 150  # tokens of the prompt beside the picture's
+    new: int = 128  # tokens of a response
+    hidden: int = 256
+    head: int = 64
+    layers: int = 6
+    vocab: int = 4096
 
-    from rr1 import tiny, vlm
+
+CONFIGURATIONS = {
+    "photo": Setting("a 640 x 480 photo, 150 tokens of text, 128 new tokens, G 8"),
+    "photo-G4": Setting("the same, G 4", G=4),
+    "photo-G16": Setting("the same, G 16", G=16),
+    "tiny": Setting(
+        "the default run's sizes: 16 groups of 8, 64 new tokens",
+        groups=16,
+        width=112,
+        height=112,
+        text=40,
+        new=64,
+        hidden=192,
+        head=48,
+        vocab=710,
+    ),
+}
+
+
+@dataclass
+class Config:
+    configurations: list[str] = opt(list(CONFIGURATIONS), "what to measure", list(CONFIGURATIONS))
+    rounds: int = opt(5, "turns of each that count; one more warms up")
+    threads: int = opt(1, "of each process")
+    out: str = opt("runs/bench-grpo", "folder for the inputs and the report")
+    worker: str = opt("", "for the processes themselves", ["", *KINDS])
+
+
+# ---------------------------------------------------------------- what all are given
+
+
+def write_inputs(folder: Path, c: Setting, steps: int) -> None:
+    """A random model and, for each step, its groups' pictures and prompts, as an ordinary
+    checkpoint and data set."""
     torch.manual_seed(0)
-    processor = vlm.Processor.from_pretrained(tiny.BASE, min_pixels=28 * 28, max_pixels=c["width"] * c["height"])
-    base = Qwen2_5_VLConfig.from_pretrained(tiny.BASE)
-    size, head = c["hidden"], c["head"]
-    base.text_config.update({"hidden_size": size, "intermediate_size": 3 * size, "num_hidden_layers": c["layers"], "vocab_size": c["vocab"],
-                             "num_attention_heads": size // head, "layer_types": ["full_attention"] * c["layers"],
-                             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]}})
-    base.vision_config.update({"out_hidden_size": size})
-    model = Qwen2_5_VLForConditionalGeneration(base)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = processor.end_id, processor.tokenizer.pad_token_id
+    pixels = c.width * c.height
+    processor = vlm.Processor.from_pretrained(tiny.BASE, min_pixels=784, max_pixels=pixels)
+    config = Qwen2_5_VLConfig.from_pretrained(tiny.BASE)
+    section = [c.head // 8, c.head * 3 // 16, c.head * 3 // 16]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section}
+    config.text_config.update(
+        {
+            "hidden_size": c.hidden,
+            "intermediate_size": 3 * c.hidden,
+            "num_hidden_layers": c.layers,
+            "vocab_size": c.vocab,
+            "num_attention_heads": c.hidden // c.head,
+            "layer_types": ["full_attention"] * c.layers,
+            "rope_parameters": rope,
+        }
+    )
+    config.vision_config.out_hidden_size = c.hidden
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = processor.end_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    visual = model.model.visual                                 # the merger sees one token for four patches
-    layers = model.model.language_model.layers
-    sizes = {"tower": count(visual) - 0.75 * count(visual.merger), "projection": c["vocab"] * size,
-             "language": count(layers) - sum(count(layer.mlp) for layer in layers), "feed-forward": count(layers[0].mlp)}
-    (folder / "sizes.json").write_text(json.dumps(sizes))
 
     question = "what"
-    while len(processor.tokenizer(question)["input_ids"]) < c["text"]:
+    while len(processor.tokenizer(question)["input_ids"]) < c.text:
         question += " is the color"
+    turns = [
+        {"from": "human", "value": "<image>" + question},
+        {"from": "gpt", "value": "<TYPE>noise(0.5)<TYPE_END>"},
+    ]
     rng, lines = np.random.default_rng(0), []
-    for i in range(steps * c["groups"]):
-        Image.fromarray(rng.integers(0, 256, (c["height"], c["width"], 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>" + question}, {"from": "gpt", "value": "<TYPE>noise(0.5)<TYPE_END>"}]
-        lines.append(json.dumps({"id": str(i), "image": f"{i}.png", "conversations": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    for i in range(steps * c.groups):
+        noise = rng.integers(0, 256, (c.height, c.width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        lines.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ---------------------------------------------------------------- counting
 
+
 class Counts(Counter):
-    """Tokens and pictures that go through the model's parts, by phase; `phase` is set by who runs the step."""
+    """Tokens and pictures that go through the model's parts, by phase; `phase` is set by who runs
+    the step."""
+
     phase = "rollout"
 
     def install(self, vocab: int) -> None:
-        import torch
-        from rr1 import rollout, vlm
-        from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        def around(owner, name, count):
-            original = getattr(owner, name)
-
-            def counted(this, *args, **kwargs):
-                count(this, *args, **kwargs)
-                return original(this, *args, **kwargs)
-            setattr(owner, name, counted)
-
-        def tower(this, patches, grid_thw=None, *_, **__):
+        def tower(this, patches, grid_thw, *_, **__):
             self["images through the vision tower"] += len(grid_thw)
-            self["tower tokens"] += len(patches)
 
         def language(this, *_, inputs_embeds, past_key_values=None, **__):
-            n = inputs_embeds.shape[0] * inputs_embeds.shape[1]
-            if self.phase == "rollout" and past_key_values is not None and not past_key_values.get_seq_length():
+            n = inputs_embeds.shape[:2].numel()
+            if past_key_values is not None and not past_key_values.get_seq_length():
                 self["prompt tokens prefilled"] += n
-            self["tokens through the language model, " + self.phase] += n
+            self[f"tokens through the language model, {self.phase}"] += n
 
-        def feed_forward(this, hidden):
-            self["tokens through feed-forward parts, " + self.phase] += hidden.shape[:-1].numel()
+        def fast_step(model, embeddings, *_):
+            language(model, inputs_embeds=embeddings)
 
         def project(this, hidden):
             if this.out_features == vocab:
-                self["tokens projected, " + self.phase] += hidden.shape[:-1].numel()
+                self[f"tokens projected, {self.phase}"] += hidden.shape[:-1].numel()
 
-        around(modeling.Qwen2_5_VisionTransformerPretrainedModel, "forward", tower)
-        around(modeling.Qwen2_5_VLTextModel, "forward", language)
-        around(rollout, "decode", lambda model, x, *_: language(model, inputs_embeds=x))                 # ours; TRL has no such function
-        around(modeling.Qwen2MLP, "forward", feed_forward)
-        around(torch.nn.Linear, "forward", project)
-        around(vlm.Wide, "forward", lambda this, x: project(this, x) if x.device.type == "cpu" and x.shape[:-1].numel() <= vlm.FEW_ROWS else None)
-        around(Qwen2VLImageProcessorPil, "preprocess",
-               lambda this, images, *_, **__: self.update({"images preprocessed": len(images) if isinstance(images, (list, tuple)) else 1}))
+        def preprocess(this, images, *_, **__):
+            self["images preprocessed"] += len(images) if isinstance(images, (list, tuple)) else 1
+
+        before(modeling.Qwen2_5_VisionTransformerPretrainedModel, "forward", tower)
+        before(modeling.Qwen2_5_VLTextModel, "forward", language)
+        before(fast, "decoding_step", fast_step)
+        before(torch.nn.Linear, "forward", project)
+        before(Qwen2VLImageProcessorPil, "preprocess", preprocess)
+
+
+def before(owner, name: str, count: Callable) -> None:
+    """Let `count` see what the function is given, before it runs."""
+    original = getattr(owner, name)
+
+    def counted(*args, **options):
+        count(*args, **options)
+        return original(*args, **options)
+
+    setattr(owner, name, counted)
 
 
 def wait_for_turn() -> None:
@@ -134,24 +188,22 @@ def wait_for_turn() -> None:
         raise SystemExit
 
 
-def report_step(counts: Counts, seconds: dict[str, float], **more) -> None:
+def report_step(counts: Counts, seconds: dict[str, float]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("STEP " + json.dumps({"seconds": seconds, "counts": dict(counts), "peak_mib": peak, **more}), flush=True)
+    step = {"seconds": seconds, "counts": dict(counts), "peak_mib": peak}
+    print("STEP " + json.dumps(step), flush=True)
     counts.clear()
 
 
 # ---------------------------------------------------------------- ours
 
-def run_ours(folder: Path, c: dict, steps: int, counts: Counts) -> None:
-    import torch
 
-    import train_grpo
-    from rr1 import data, rollout, run_folder, vlm
+def run_ours(kind: str, folder: Path, c: Setting, steps: int, counts: Counts) -> None:
     seconds: dict[str, float] = {}
     sample, group_logps = rollout.sample_group, vlm.group_logps
 
-    def forced(model, prompts, G, seeds, *, end_id, banned, **options):
-        groups = sample(model, prompts, G, seeds, end_id=end_id, banned=[*banned, end_id], **options)
+    def never_ending(*args, end_id, banned, **options):
+        groups = sample(*args, end_id=end_id, banned=[*banned, end_id], **options)
         counts.phase = "score"
         return groups
 
@@ -159,137 +211,124 @@ def run_ours(folder: Path, c: dict, steps: int, counts: Counts) -> None:
         counts.phase = "update" if torch.is_grad_enabled() else "score"
         return group_logps(*args, **options)
 
-    def one_after_the_other(make, numbers, workers):             # no prefetching: a step pays for its own pictures
+    def one_after_the_other(make, numbers, workers):  # a step pays for its own pictures
         for number in numbers:
             wait_for_turn()
             counts.phase, start = "rollout", time.perf_counter()
-            made = make(number)
-            yield number, made
-            report_step(counts, seconds | {"step": time.perf_counter() - start}, matrix_rate=matrix_rate(c))
+            yield number, make(number)
+            report_step(counts, seconds | {"step": time.perf_counter() - start})
 
     def log(self, step, metrics, line=None):
-        seconds.update({phase: metrics[f"seconds/{phase}"] for phase in PHASES})
+        for phase in PHASES:
+            seconds[phase] = metrics[f"seconds/{phase}"]
 
-    rollout.sample_group, vlm.group_logps, data.prefetch, run_folder.RunFolder.log = forced, scored, one_after_the_other, log
-    train_grpo.main(["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--part", "all", "--out", str(folder / "ours"),
-                     "--prompts", str(c["groups"]), "--group-size", str(c["G"]), "--max-new-tokens", str(c["new"]), "--steps", str(steps),
-                     "--save-every", "1000000", "--lr", "1e-4"])
-
-
-def matrix_rate(c: dict) -> float:
-    """Operations a second of plain matrix products in the shapes of an update's layers: forward, and the two of backward."""
-    import torch
-    visual, h = round(c["width"] / 28) * round(c["height"] / 28), c["hidden"]
-    n = c["groups"] * (visual + c["text"] + c["G"] * c["new"])
-    operations = seconds = 0.0
-    for repeat in range(3):                                     # the first one warms up
-        for a, b in [(h, h), (h, h), (h, 3 * h), (h, 3 * h), (3 * h, h)]:
-            x, w, dy = torch.randn(n, a), torch.randn(b, a), torch.randn(n, b)
-            start = time.perf_counter()
-            x @ w.T, dy @ w, dy.T @ x
-            if repeat:
-                operations, seconds = operations + 6 * n * a * b, seconds + time.perf_counter() - start
-    return operations / seconds
+    rollout.sample_group = never_ending
+    vlm.group_logps = scored
+    data.prefetch = one_after_the_other
+    run_folder.RunFolder.log = log
+    options = f"--part all --prompts {c.groups} --group-size {c.G} --max-new-tokens {c.new}".split()
+    options += f"--steps {steps} --save-every 1000000 --lr 1e-4".split()
+    model, records, out = folder / "model", folder / "train.jsonl", folder / kind
+    train_grpo.main(["--model", f"{model}", "--data", f"{records}", "--out", f"{out}", *options])
 
 
 # ---------------------------------------------------------------- taking turns
 
-@dataclass
-class Config:
-    configurations: list[str] = opt(list(CONFIGURATIONS), "which to measure: " + "; ".join(f"{k}: {v}" for k, v in ABOUT.items()))
-    rounds: int = opt(5, "turns of each that count; one more warms up")
-    threads: int = opt(1, "of each")
-    out: str = opt("runs/bench-grpo", "folder for the inputs and the report")
-    worker: str = opt("", "for the two processes themselves", ["", "ours", "peer"])
-
 
 class Worker:
-    """One of the two processes: `step()` lets it do one step and returns what it reports."""
+    """One of the processes: `step()` lets it do one step and returns what it reports."""
 
-    def __init__(self, kind: str, name: str, config: Config, rounds: int):
-        environment = os.environ | {"OMP_NUM_THREADS": str(config.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__, "--worker", kind, "--configurations", name, "--rounds", str(rounds), "--out", config.out]
+    def __init__(self, kind: str, name: str, config: Config):
+        own = {"OMP_NUM_THREADS": str(config.threads), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--worker", kind, "--configurations", name]
+        command += ["--rounds", str(config.rounds), "--out", config.out]
         self.log = Path(config.out) / name / f"{kind}.log"
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(self.log, "wb"), text=True)
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | own,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(self.log, "wb"),
+            text=True,
+        )
 
     def until(self, sign: str) -> str:
         for line in self.process.stdout:
             if line.startswith(sign):
-                return line[len(sign):]
-        raise SystemExit(f"{self.log.stem} ended early:\n" + self.log.read_text(errors="replace")[-3000:])
+                return line[len(sign) :]
+        said = self.log.read_text(errors="replace")
+        raise SystemExit(f"{self.log.stem} ended early:\n{said[-3000:]}")
 
     def step(self) -> dict:
-        self.process.stdin.write("go\n"), self.process.stdin.flush()
+        self.until("ready")
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
         return json.loads(self.until("STEP "))
 
 
 def measure(name: str, config: Config) -> dict[str, list[dict]]:
-    folder, rounds = Path(config.out) / name, config.rounds + 1
+    folder = Path(config.out) / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_inputs(folder, CONFIGURATIONS[name], rounds)
-    workers = {kind: Worker(kind, name, config, rounds) for kind in ("ours", "peer")}
-    for worker in workers.values():
-        worker.until("ready")
-    steps: dict[str, list[dict]] = {kind: [] for kind in workers}
-    for turn in tqdm(range(rounds), desc=name):
+    write_inputs(folder, CONFIGURATIONS[name], config.rounds + 1)
+    workers = {kind: Worker(kind, name, config) for kind in KINDS}
+    steps: dict[str, list[dict]] = {kind: [] for kind in KINDS}
+    for _ in tqdm(range(config.rounds + 1), desc=name):
         for kind, worker in workers.items():
             steps[kind].append(worker.step())
-            if turn + 1 < rounds:
-                worker.until("ready")
     for worker in workers.values():
-        worker.process.stdin.close(), worker.process.wait()
+        worker.process.communicate()
     return {kind: found[1:] for kind, found in steps.items()}
 
 
-# ---------------------------------------------------------------- the report
+def report(name: str, steps: dict[str, list[dict]]) -> str:
+    """Medians over turns of the seconds and of the ratios to the peer's; counts of a step."""
+    rows = []
+    for key in ("step", *PHASES):
+        seconds = [[step["seconds"][key] for step in steps[kind]] for kind in KINDS]  # by turn
+        ratios = [np.divide(seconds[-1], own) for own in seconds[:-1]]
+        cells = [f"{statistics.median(values):.2f}" for values in [*seconds, *ratios]]
+        rows.append([f"seconds, {key}", *cells])
+    last = [steps[kind][-1] for kind in KINDS]
+    names = sorted(last[-1]["counts"])
+    totals = {"peak memory, MiB": [step["peak_mib"] for step in last]}
+    totals |= {key: [step["counts"].get(key, 0) for step in last] for key in names}
+    for key, values in totals.items():
+        cells = [f"{value:,.0f}" for value in values]
+        cells += [f"{values[-1] / max(own, 1):.2f}" for own in values[:-1]]
+        rows.append([key, *cells])
+    header = ["", "plain", "with fast.py", "TRL", "TRL / plain", "TRL / fast.py"]
+    return f"**{name}: {CONFIGURATIONS[name].about}**\n\n{markdown(header, rows)}"
 
-def operations(counts: dict, sizes: dict, phase: str | None = None) -> float:
-    """Multiply-adds, twice, of weights and tokens, the backward pass at twice the forward; attention's own products are left out."""
-    factor = {"rollout": 2, "score": 2, "update": 6}
-    parts = {"tokens through the language model": "language", "tokens through feed-forward parts": "feed-forward", "tokens projected": "projection"}
-    total = sum(factor[p] * sizes[part] * counts.get(f"{name}, {p}", 0) for name, part in parts.items() for p in PHASES if phase in (None, p))
-    return total + (2 * sizes["tower"] * counts.get("tower tokens", 0) if phase is None else 0)
 
+def work(config: Config) -> None:
+    """What a worker process does."""
+    name = config.configurations[0]
+    folder, c, counts = Path(config.out) / name, CONFIGURATIONS[name], Counts()
+    counts.install(c.vocab)
+    if config.worker == "peer":
+        import trl_peer
 
-def report(name: str, steps: dict[str, list[dict]], sizes: dict) -> str:
-    middle = lambda kind, key: statistics.median(step["seconds"][key] for step in steps[kind])
-    last = {kind: found[-1] for kind, found in steps.items()}
-    ratio = lambda key: statistics.median(peer["seconds"][key] / ours["seconds"][key] for ours, peer in zip(steps["ours"], steps["peer"]))
-    rows = [[f"seconds, {key}", *(f"{middle(kind, key):.2f}" for kind in steps), f"{ratio(key):.2f}"] for key in ("step", *PHASES)]
-    rows.append(["peak memory, MiB", *(f"{last[kind]['peak_mib']:.0f}" for kind in steps), f"{last['peer']['peak_mib'] / last['ours']['peak_mib']:.2f}"])
-    for key in sorted(last["peer"]["counts"].keys() | last["ours"]["counts"].keys()):
-        ours, peer = (last[kind]["counts"].get(key, 0) for kind in ("ours", "peer"))
-        rows.append([key, f"{ours:,}", f"{peer:,}", f"{peer / ours:.2f}" if ours else "-"])
-    total = {kind: operations(last[kind]["counts"], sizes) for kind in steps}
-    rows.append(["operations by these counts, 1e9", *(f"{total[kind] / 1e9:.0f}" for kind in steps), f"{total['peer'] / total['ours']:.2f}"])
-    rate = operations(last["ours"]["counts"], sizes, "update") / middle("ours", "update")
-    plain = statistics.median(step["matrix_rate"] for step in steps["ours"])
-    return (f"### {name}: {ABOUT[name]}\n\n" + markdown(["", "ours", "TRL", "TRL / ours"], rows)
-            + f"\n\nOur update runs at {rate / 1e9:.0f} GFLOP/s; plain matrix products of its shapes at {plain / 1e9:.0f}: {rate / plain:.0%}.")
+        trl_peer.train(folder, c, config.rounds + 1, counts, wait_for_turn, report_step)
+        return
+    if config.worker == "plain":
+        fast.enable = lambda model: None
+    run_ours(config.worker, folder, c, config.rounds + 1, counts)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
-    if unknown := [name for name in config.configurations if name not in CONFIGURATIONS]:
-        raise SystemExit(f"--configurations {' '.join(unknown)}: unknown; there are {', '.join(CONFIGURATIONS)}")
-    name = config.configurations[0]
     if config.worker:
-        c, counts = CONFIGURATIONS[name], Counts()
-        counts.install(c["vocab"])
-        if config.worker == "ours":
-            return run_ours(Path(config.out) / name, c, config.rounds, counts)
-        import trl_peer
-        return trl_peer.train(Path(config.out) / name, c, config.rounds, counts, wait_for_turn, report_step)
+        return work(config)
     if not importlib.util.find_spec("trl"):
         raise SystemExit("the peer is not installed: pip install trl==1.16.0")
-    texts, found = [], {}
+    out, texts, found = Path(config.out), [], {}
     for name in config.configurations:
         found[name] = measure(name, config)
-        texts.append(report(name, found[name], json.loads((Path(config.out) / name / "sizes.json").read_text())))
-        print("\n" + texts[-1] + "\n", flush=True)
-    write_text(Path(config.out) / "report.md", "\n\n".join(texts) + "\n")
-    write_text(Path(config.out) / "report.json", to_json(found, indent=1) + "\n")
+        texts.append(report(name, found[name]))
+        print(f"\n{texts[-1]}\n", flush=True)
+    write_text(out / "report.md", "\n\n".join(texts) + "\n")
+    write_json(out / "report.json", found)
     print(f"\nwritten: {config.out}/report.md, report.json")
 
 
