@@ -16,6 +16,12 @@ from typing import Any, Sequence
 from tqdm import tqdm
 
 BUSY = (408, 409, 425, 429)
+HOPELESS = {
+    401: "the key in OPENAI_API_KEY was not accepted",
+    402: "the account has no money left",
+    403: "the key in OPENAI_API_KEY was not accepted",
+    404: "there is no model {model!r} at {url}",
+}
 PAUSE = 1.0  # seconds before a server that did not send a chat completion is asked again
 SAY_EVERY = 30.0  # seconds between two lines about why it takes long
 
@@ -70,13 +76,11 @@ class ChatClient:
             raise SystemExit(f"{flag} {model} needs openai: pip install openai") from None
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not self._key.isascii() or not self._key.isprintable():
+        if not (self._key.isascii() and self._key.isprintable()):
             raise SystemExit("OPENAI_API_KEY holds characters that no key has: copy it once more")
         if not self._key and not base_url:
-            raise SystemExit(
-                f"{flag} {model}: put your key into the environment variable OPENAI_API_KEY, "
-                "or give the address of a server of your own"
-            )
+            advice = "put your key into OPENAI_API_KEY, or name a server of your own"
+            raise SystemExit(f"{flag} {model}: {advice}")
         self.model, self.retries, self.max_tokens = model, retries, max_tokens
         self._limit = {} if max_tokens is None else {"max_tokens": max_tokens}
         self._interval = 60 / per_minute if per_minute else 0.0
@@ -133,35 +137,28 @@ class ChatClient:
             return None
 
     def _meaning(self, error: Any) -> Exception:
-        """What an HTTP status means for this request and for all others."""
-        status, problem = error.status_code, f"HTTP {error.status_code}"
-        if status in (401, 403):
-            return self.stop(f"{problem}: the key in OPENAI_API_KEY was not accepted")
-        if status == 402 or error.code == "insufficient_quota":
-            return self.stop(f"{problem}: the account has no money left")
-        if status == 404:
-            where = self._client.base_url
-            return self.stop(f"{problem}: there is no model {self.model!r} at {where}")
-        problem = self._without_key(f"{problem}: {error.message}")
-        if status >= 500 or status in BUSY:
-            wait = error.response.headers.get("retry-after", "")
-            asks = f", to be asked again after {wait} seconds" if wait else ""
-            return NoAnswer(f"asked {self.retries + 1} times, last: {problem}{asks}")
-        return Refused(problem)
+        """What an HTTP error means for this request and for all others."""
+        status = 402 if error.code == "insufficient_quota" else error.status_code
+        if status in HOPELESS:
+            why = HOPELESS[status].format(model=self.model, url=self._client.base_url)
+            return self.stop(f"HTTP {error.status_code}: {why}")
+        problem = self._without_key(f"HTTP {status}: {error.message}")
+        if status < 500 and status not in BUSY:
+            return Refused(problem)
+        asked, wait = repetition(error.request) + 1, wait_asked_for(error.response)
+        return NoAnswer(f"asked {asked} times, last: {problem}{wait}")
 
     def _before(self, request: Any) -> None:
         """Called before a request goes out, a repeated one too."""
-        repeated = request.headers.get("x-stainless-retry-count", "0")
-        if repeated != "0":
-            self._say(f"no answer yet: asking again, {repeated} of {self.retries} times")
+        if repetition(request):
+            count = f"{repetition(request)} of {self.retries} times"
+            self._say(f"no answer yet: asking again, {count}")
         self._wait_for_turn()
 
     def _after(self, response: Any) -> None:
         """Called when a response begins to arrive."""
         if response.status_code >= 500 or response.status_code in BUSY:
-            wait = response.headers.get("retry-after")
-            asks = f", which asks to wait for {wait} seconds" if wait else ""
-            self._say(f"HTTP {response.status_code} from the server{asks}")
+            self._say(f"HTTP {response.status_code} from the server{wait_asked_for(response)}")
 
     def _say(self, line: str) -> None:
         """Print why it takes long, now and then."""
@@ -181,6 +178,16 @@ class ChatClient:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
+
+
+def repetition(request: Any) -> int:
+    """How often a request was made before."""
+    return int(request.headers.get("x-stainless-retry-count", 0))
+
+
+def wait_asked_for(response: Any) -> str:
+    seconds = response.headers.get("retry-after")
+    return f", which asks to wait for {seconds} seconds" if seconds else ""
 
 
 def read_reply(body: Any) -> Reply | None:

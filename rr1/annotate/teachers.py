@@ -170,13 +170,13 @@ class ChatTeacher:
     ):
         self.client, self.file, self.prices = client, answers, prices
         self.max_cost = math.inf if max_cost is None else max_cost
-        self.receipts = files.read_lines(answers)
-        self.spent = sum(receipt["cost"] for receipt in self.receipts)
+        self.spent = 0.0
         self._under_way: list[float] = []  # dollars that each request under way may cost
         self._ratio: dict[str, float] = {}  # step -> tokens read over those estimated, the most
         self._lock = threading.Condition()
         self._answers: dict[str, Future] = {}
-        for receipt in self.receipts:
+        for receipt in files.read_lines(answers):
+            self.spent += receipt["cost"]
             future = self._answers[receipt["key"]] = Future()
             future.set_result(receipt)
 
@@ -203,11 +203,10 @@ class ChatTeacher:
 
     def summary(self) -> str:
         """What was paid for, over all runs that wrote to the file."""
-        tokens_in = sum(receipt["tokens_in"] for receipt in self.receipts)
-        tokens_out = sum(receipt["tokens_out"] for receipt in self.receipts)
+        receipts = files.read_lines(self.file)
+        read, written = (sum(r[name] for r in receipts) for name in ("tokens_in", "tokens_out"))
         cost = f", ${self.spent:.4f}" if any(self.prices) else ""
-        asked = f"{len(self.receipts)} answers of {self.client.model}"
-        return f"{asked}: {tokens_in} + {tokens_out} tokens{cost}"
+        return f"{len(receipts)} answers of {self.client.model}: {read} + {written} tokens{cost}"
 
     def _receipt(
         self, key: str, step: str, prompt: str, images: Sequence[np.ndarray]
@@ -237,7 +236,6 @@ class ChatTeacher:
             receipt["cost"] = self._cost(tokens_in, tokens_out)
             with self._lock:
                 files.append_lines(self.file, [receipt])
-                self.receipts.append(receipt)
                 self.spent += receipt["cost"]
                 self._ratio[step] = max(self._ratio.get(step, 0.0), tokens_in / estimate)
         except Refused as error:
