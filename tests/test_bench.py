@@ -4,18 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig
 
-import gpu
 import learning
 import runs
 import table_3
-import u1_recovery as recovery
-import u1_stage_3 as stage_3
 from rr1 import tiny
 from rr1.evaluation import metrics
 from rr1.chain import Chain, render
@@ -180,133 +174,3 @@ def test_table_3_from_end_to_end(checkpoint, tmp_path, monkeypatch, capsys, ship
     table_3.main(ask)
     second = capsys.readouterr().out
     assert "full: " not in second and second.partition("held-out")[2] == first.partition("held-out")[2]
-
-
-# ---------------------------------------------------------------- bench/u1_stage_3.py
-
-def test_records_show_what_is_asked_for(tmp_path):
-    """One line of a recovered data set, with other pictures: as many marks as pictures, and no clean picture to be asked about again."""
-    (tmp_path / "pairs" / "test").mkdir(parents=True)
-    line = {"id": "7", "image": ["d.png", "r.png"], "clean_image": "x.png", "answer": "red",
-            "conversations": [{"from": "human", "value": "<image><image>what color?"}, {"from": "gpt", "value": "chain"}]}
-    (tmp_path / "pairs" / "test" / "test.jsonl").write_text(json.dumps(line) + "\n")
-    for kind, pictures in {"c": ["d.png"], "cr": ["d.png", "r.png"], "cx": ["d.png", "x.png"], "cc": ["d.png"] * 2}.items():
-        [shown] = map(json.loads, stage_3.write_shown(tmp_path, "test", kind).read_text().splitlines())
-        assert shown["image"] == pictures and "clean_image" not in shown and shown["answer"] == "red"
-        assert shown["conversations"] == [{"from": "human", "value": "<image>" * len(pictures) + "what color?"}, {"from": "gpt", "value": "chain"}]
-
-
-def test_the_table_of_stage_3_by_hand():
-    """The recovered picture answers ten of 200 more than the chain alone; all others answer as it does."""
-    models = {name: list(answers(100, .5, 150 + 10 * (name == "recovered"))) for name in stage_3.ROWS}
-    result = stage_3.compare(models)
-    assert result["n"] == 200 and result["now"]["chain"]["choice"]["value"] == 0.75 and result["now"]["chain"]["choice mid"]["n"] == 200
-    assert result["now"]["chain"]["open"]["n"] == 0 and "chain" not in result["less_chain"]
-    assert result["less_chain"]["recovered"]["choice"]["value"] == pytest.approx(0.05) and result["less_chain"]["twice"]["choice"]["value"] == 0
-    text = stage_3.report(result)
-    assert "| recovered (stage 3): I_c, I_r |" in text and "**+0.050 [" in text and "0.750 [0.686, 0.805] n 200" in text
-    with pytest.raises(SystemExit, match="same records"):
-        stage_3.compare(models | {"base": models["base"][:-1]})
-
-
-# ---------------------------------------------------------------- recovery
-
-def recovery_scores(n: int = 30) -> dict[str, dict[str, np.ndarray]]:
-    """Pictures in no order; what is recovered gains .3 in SSIM where it was low, .1 in the middle and loses .05 where it was high."""
-    ssim = np.random.default_rng(0).permutation(np.linspace(.1, .9, n))
-    gain = np.select([ssim < .36, ssim < .64], [.3, .1], -.05)
-    row = lambda ssim: {"ssim": ssim, "psnr": 20 + 10 * ssim, "r_sem": ssim, "reward": 1.2 * ssim, "read": (ssim > .5) * 1.0}
-    rows = {"damaged": ssim, "clean": np.ones(n), "stage I, equidistant": ssim, "stage I": ssim + gain, "grpo-0": ssim + gain + .02, "control-0": ssim + gain + .03}
-    return {name: row(ssim) for name, ssim in rows.items()}
-
-
-def test_what_recovery_gains_by_hand():
-    result, text = recovery.report(recovery_scores(), [0], {"grpo-0": 300.4, "control-0": 299})
-    assert result["gain"]["stage I"]["ssim"]["value"] == pytest.approx((.3 + .1 - .05) / 3)
-    assert result["gain"]["grpo-0"]["ssim"]["value"] == pytest.approx(.02) and result["stage_2_less_control"]["0"]["ssim"]["value"] == pytest.approx(-.01)
-    for (name, third), gain in zip(result["by_damage"].items(), (.3, .1, -.05), strict=True):
-        assert third["ssim"]["value"] == pytest.approx(gain) and third["ssim"]["n"] == 10 and third["psnr"]["value"] == pytest.approx(10 * gain)
-        assert f"| {name} " in text and f"**{gain:+.3f} [{gain:+.3f}, {gain:+.3f}]**" in text
-    assert [third["ssim"]["damaged"] for third in result["by_damage"].values()] == sorted(third["ssim"]["damaged"] for third in result["by_damage"].values())
-    assert "| 300     |" in text and "30 held-out" in text
-
-
-# ---------------------------------------------------------------- bench/grpo.py
-
-def test_our_side_of_the_grpo_benchmark(tmp_path):
-    """One turn in a process of its own, as beside TRL: one picture and one prompt a group, and every count that the report asks for."""
-    import grpo
-    small = grpo.CONFIGURATIONS["tiny"] | {"groups": 2, "G": 4, "new": 8, "layers": 2}
-    (tmp_path / "tiny").mkdir()
-    grpo.write_inputs(tmp_path / "tiny", small, 1)
-    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); import grpo; grpo.CONFIGURATIONS['tiny'] = {small!r}; "
-            f"grpo.main(['--worker', 'ours', '--configurations', 'tiny', '--rounds', '1', '--out', {str(tmp_path)!r}])")
-    done = subprocess.run([sys.executable, "-c", code], input="go\n", capture_output=True, text=True, timeout=300)
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("STEP ")]
-    step = json.loads(line.removeprefix("STEP "))
-    counts, sizes = step["counts"], json.loads((tmp_path / "tiny" / "sizes.json").read_text())
-    assert counts["images preprocessed"] == counts["images through the vision tower"] == 2
-    assert {counts[f"tokens projected, {phase}"] for phase in grpo.PHASES} == {2 * 4 * 8}
-    n = {phase: counts[f"tokens through the language model, {phase}"] for phase in grpo.PHASES}                  # two layers, the second in part
-    prefilled = counts["prompt tokens prefilled"]
-    assert counts["tokens through feed-forward parts, rollout"] == prefilled + 2 + 2 * (n["rollout"] - prefilled)
-    assert {counts[f"tokens through feed-forward parts, {phase}"] - n[phase] for phase in ("score", "update")} == {2 * 4 * 8}
-    assert counts["tokens through the language model, rollout"] == counts["prompt tokens prefilled"] + 2 * 4 * 7
-    assert set(step["seconds"]) == {"step", *grpo.PHASES} and step["matrix_rate"] > 0
-    text = grpo.report("tiny", {"ours": [step], "peer": [step]}, sizes)
-    assert "| images preprocessed " in text and "| 1.00" in text and "GFLOP/s" in text
-
-
-# ---------------------------------------------------------------- bench/gpu.py
-
-def test_the_sizes_of_the_3b_model_are_those_of_its_checkpoint():
-    if not REAL.is_dir():
-        pytest.skip("needs the published config.json of Qwen2.5-VL-3B")
-    published, ours = Qwen2_5_VLConfig.from_pretrained(REAL).to_dict(), Qwen2_5_VLConfig(**gpu.QWEN_3B).to_dict()
-    for part in ("text_config", "vision_config"):
-        assert {name: ours[part].get(name) for name in gpu.QWEN_3B[part]} == {name: published[part].get(name) for name in gpu.QWEN_3B[part]}
-        assert published[part].keys() - {"architectures", "transformers_version"} <= ours[part].keys()
-        assert not {name: (value, ours[part][name]) for name, value in published[part].items()
-                    if value != ours[part][name] and name in ("hidden_act", "layer_types", "temporal_patch_size", "in_channels", "use_sliding_window")}
-    assert all(ours[name] == published[name] for name in gpu.QWEN_3B if not name.endswith("_config"))
-
-
-def test_operations_of_an_update_are_those_that_pytorch_counts():
-    """Of the weights: a forward pass of one packed row. PyTorch counts the blocks of attention whole; those are left to the formula."""
-    policy, *_ = gpu.make_models("tiny", torch.device("cpu"))
-    (prompt,), G, L = gpu.make_prompts(policy, gpu.make_picture(policy, (112, 112)), 1), 3, 5
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        gpu.vlm.group_logps(policy, [prompt], [[[400] * L] * G])
-    counted = sum(n for operator, n in counter.get_flop_counts()["Global"].items() if operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    text, P = policy.config.text_config, len(prompt.ids)
-    pairs = sum(range(1, P + 1)) + G * sum(range(P + 1, P + L + 1))
-    assert gpu.update_operations(text, P, G, L) == 3 * (counted + text.num_hidden_layers * 4 * text.hidden_size * pairs)
-
-
-def test_gpu_stops_at_the_first_size_that_does_not_fit(tmp_path, monkeypatch, capsys):
-    real, tried = gpu.step, []
-
-    def step(models, rt, new_tokens, **case):
-        tried.append((case["G"], case["picture"]))
-        if case["G"] > 100 or case["picture"][0] > 4000:
-            raise torch.OutOfMemoryError
-        if not case["checkpointing"]:
-            raise RuntimeError("no kernel\nfor this")
-        return real(models, rt, new_tokens, **case | {"G": 2, "picture": (112, 112)})
-    monkeypatch.setattr(gpu, "step", step)
-    gpu.main(["--sizes", "tiny", "--new-tokens", "2", "--rounds", "1", "--parts", "largest", "modes", "--out", str(tmp_path)])
-    text = (tmp_path / "report.md").read_text()
-    assert text in capsys.readouterr().out and tried[-5:] == [(8, (640, 480))] * 5
-    assert tried[:-5] == [(64, (640, 480))] * 2 + [(128, (640, 480))] + [(8, (2560, 1920))] * 2 + [(8, (3840, 2880))] * 2 + [(8, (5120, 3840))]
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
-    assert "does not fit" in lines["G 128"] and "does not fit" in lines["5120 x 3840"] and "does not fit" not in lines["G 64"]
-    assert "| RuntimeError: no kernel " in lines["no --gradient-checkpointing"]
-    assert "G 256" not in lines and "--capture" not in lines and "without sharing" in lines
-    with pytest.raises(SystemExit, match="--parts nothing: unknown"):
-        gpu.main(["--parts", "nothing"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_3b_sizes_ask_for_a_gpu():
-    with pytest.raises(SystemExit, match="this needs a GPU"):
-        gpu.main([])

@@ -1,16 +1,18 @@
-"""Rectified flow and Flow-GRPO against closed forms; the rewards of a picture against scikit-image and transformers."""
+"""Rectified flow and Flow-GRPO against closed forms; rewards against scikit-image, transformers."""
+
 import math
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
 from torch.func import functional_call
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from rr1 import grpo, tiny, vlm
-from rr1.u1 import flow, image_rewards, recovery
 from rr1.tiny import world
+from rr1.u1 import flow, rewards
+from rr1.u1.restorer import to_tensor, to_uint8
 
 
 def draw(*shape, seed=0):
@@ -19,21 +21,33 @@ def draw(*shape, seed=0):
 
 # ---------------------------------------------------------------- stage I
 
+
 def test_the_printed_loss_is_the_velocitys_times_one_minus_t_squared():
-    z_0, eps, v, t = draw(5, 3, 4), draw(5, 3, 4, seed=1), draw(5, 3, 4, seed=2), torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(flow.eps_loss(v, z_0, eps, t), (1 - t) ** 2 * flow.v_loss(v, z_0, eps, t))
+    z_0, eps, v, t = (
+        draw(5, 3, 4),
+        draw(5, 3, 4, seed=1),
+        draw(5, 3, 4, seed=2),
+        torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        flow.eps_loss(v, z_0, eps, t), (1 - t) ** 2 * flow.v_loss(v, z_0, eps, t)
+    )
     assert torch.equal(flow.v_loss(eps - z_0, z_0, eps, t), torch.zeros(5, dtype=torch.float64))
-    assert torch.equal(flow.interpolate(z_0, eps, t)[0], z_0[0]) and torch.equal(flow.interpolate(z_0, eps, t)[4], eps[4])
+    assert torch.equal(flow.interpolate(z_0, eps, t)[0], z_0[0]) and torch.equal(
+        flow.interpolate(z_0, eps, t)[4], eps[4]
+    )
 
 
-def test_times_are_uniform_or_logit_normal_and_a_shift_moves_them_to_noise():
-    t = {(kind, shift): flow.sample_t(20000, torch.Generator().manual_seed(0), kind, shift) for kind, shift in product(flow.TIMES, (1.0, 3.0))}
-    assert all((0 <= x).all() and (x <= 1).all() for x in t.values())
-    assert t["uniform", 1.0].var() == pytest.approx(1 / 12, abs=2e-3)
-    assert t["logit_normal", 1.0].logit().std() == pytest.approx(1, abs=0.02)
-    torch.testing.assert_close(t["uniform", 3.0], 3 * t["uniform", 1.0] / (1 + 2 * t["uniform", 1.0]))
-    grid = flow.time_grid(4, 3)
-    assert grid.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0]) and flow.time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+def test_times_are_uniform_and_a_shift_moves_them_to_noise():
+    t, shifted = (
+        flow.sample_t(20000, torch.Generator().manual_seed(0), shift) for shift in (1.0, 3.0)
+    )
+    assert (0 <= t).all() and (t <= 1).all() and (0 <= shifted).all() and (shifted <= 1).all()
+    assert t.mean() == pytest.approx(1 / 2, abs=5e-3)
+    assert t.var() == pytest.approx(1 / 12, abs=2e-3)
+    torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t))
+    assert flow.time_grid(4, 3).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert flow.time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 STD = 0.3
@@ -52,17 +66,24 @@ def test_score_is_the_gradient_of_the_log_density():
 
 
 def end_std(sampler: str, steps: int) -> float:
-    """Of the sampler's Gaussian, exactly: a step from x has the mean c x and adds a variance, so deviations follow without sampling."""
+    """Of the sampler's Gaussian, exactly.
+
+    A step from x has the mean c x and adds a variance, so deviations follow without sampling.
+    """
     grid, one, variance = flow.time_grid(steps), torch.ones(1, 1, dtype=torch.float64), 1.0
     for k in range(steps):
         v = exact_velocity(one, grid[k].expand(1))
-        mean, std = (one + v * (grid[k + 1] - grid[k]), 0.0) if sampler == "ode" else flow.sde_step(one, v, grid, k)
+        mean, std = (
+            (one + v * (grid[k + 1] - grid[k]), 0.0)
+            if sampler == "ode"
+            else flow.sde_step(one, v, grid, k)
+        )
         variance = variance * float(mean) ** 2 + std**2
     return math.sqrt(variance)
 
 
 def test_ode_and_sde_end_at_the_right_deviation_as_steps_grow():
-    """.300 +- .003 at 1000 steps; with 10 both end too narrow, the ODE at .247 and the SDE at .282."""
+    """.300 +- .003 at 1000 steps; with 10 both are too narrow, the ODE at .247, the SDE at .282."""
     for sampler in ("ode", "sde"):
         ends = {steps: end_std(sampler, steps) for steps in (10, 40, 100, 1000)}
         errors = [abs(end - STD) for end in ends.values()]
@@ -77,15 +98,25 @@ def test_the_samplers_take_the_steps_that_the_formulas_say():
     torch.testing.assert_close(ode, x * float(ode[0] / x[0]))
     assert float(ode.std() / x.std()) == pytest.approx(end_std("ode", 40), rel=1e-6)
     generator = torch.Generator().manual_seed(1)
-    path = flow.sample_sde(exact_velocity, x, grid, range(40), lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype))
+    path = flow.sample_sde(
+        exact_velocity,
+        x,
+        grid,
+        range(40),
+        lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+    )
     assert float(path.end.std()) == pytest.approx(end_std("sde", 40), rel=0.02)
-    assert flow.sample_sde(exact_velocity, x, grid, range(3, 5), lambda: torch.zeros_like(x)).logp.shape == (20000, 2)
+    assert flow.sample_sde(
+        exact_velocity, x, grid, range(3, 5), lambda: torch.zeros_like(x)
+    ).logp.shape == (20000, 2)
 
 
 def test_sigma_at_pure_noise_takes_the_second_time_and_the_rest_its_own():
     grid = flow.time_grid(10)
     assert flow.sigma_t(grid, 0) == pytest.approx(0.7 * math.sqrt(1 / (1 - 0.9)))
-    assert flow.sigma_t(grid, 5) == pytest.approx(0.7) and flow.sigma_t(grid, 9, a=1.0) == pytest.approx(math.sqrt(0.1 / 0.9))
+    assert flow.sigma_t(grid, 5) == pytest.approx(0.7) and flow.sigma_t(
+        grid, 9, a=1.0
+    ) == pytest.approx(math.sqrt(0.1 / 0.9))
 
 
 def test_a_step_is_the_sde_with_the_score():
@@ -94,22 +125,29 @@ def test_a_step_is_the_sde_with_the_score():
     for k in range(10):
         dt, t = float(grid[k + 1] - grid[k]), grid[k].expand(4)
         mean, std = flow.sde_step(x, v, grid, k)
-        torch.testing.assert_close(mean, x + (v - flow.sigma_t(grid, k) ** 2 * flow.score(x, v, t) / 2) * dt)
+        torch.testing.assert_close(
+            mean, x + (v - flow.sigma_t(grid, k) ** 2 * flow.score(x, v, t) / 2) * dt
+        )
         assert std == pytest.approx(flow.sigma_t(grid, k) * math.sqrt(0.1))
 
 
 def test_a_step_of_a_half_precision_network_is_computed_in_float32():
-    mean, _ = flow.sde_step(torch.ones(1, 2), torch.full((1, 2), 0.3, dtype=torch.bfloat16), flow.time_grid(10), 3)
+    mean, _ = flow.sde_step(
+        torch.ones(1, 2), torch.full((1, 2), 0.3, dtype=torch.bfloat16), flow.time_grid(10), 3
+    )
     assert mean.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- stage II
 
+
 def test_log_probability_and_kl_are_those_of_normal_distributions_per_dimension():
     x, mean, other, std = draw(3, 2, 5), draw(3, 2, 5, seed=1), draw(3, 2, 5, seed=2), 0.37
     p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)
     torch.testing.assert_close(flow.log_prob(x, mean, std), p.log_prob(x).flatten(1).mean(1))
-    torch.testing.assert_close(flow.kl(mean, other, std), torch.distributions.kl_divergence(p, q).flatten(1).mean(1))
+    torch.testing.assert_close(
+        flow.kl(mean, other, std), torch.distributions.kl_divergence(p, q).flatten(1).mean(1)
+    )
     assert (flow.kl(mean, mean, std) == 0).all()
 
 
@@ -118,7 +156,10 @@ class Small(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.A, self.b = torch.nn.Parameter(0.3 * draw(4, 4, seed=5)), torch.nn.Parameter(draw(4, seed=6))
+        self.A, self.b = (
+            torch.nn.Parameter(0.3 * draw(4, 4, seed=5)),
+            torch.nn.Parameter(draw(4, seed=6)),
+        )
 
     def forward(self, x, t):
         return x @ self.A + t[:, None] * self.b
@@ -127,33 +168,58 @@ class Small(torch.nn.Module):
 def rollout(ks=range(1, 4)):
     grid, model = flow.time_grid(5), Small()
     generator = torch.Generator().manual_seed(3)
-    path = flow.sample_sde(model, draw(8, 4, seed=4), grid, ks, lambda: torch.randn(8, 4, generator=generator, dtype=torch.float64))
+    path = flow.sample_sde(
+        model,
+        draw(8, 4, seed=4),
+        grid,
+        ks,
+        lambda: torch.randn(8, 4, generator=generator, dtype=torch.float64),
+    )
     return grid, model, path, grpo.group_advantages(draw(2, 4, seed=7)).flatten()
 
 
-def loss_of(model, path, grid, A, reference, parameters=None, clip=1e-3, beta=0.5, old=None):
-    call = (lambda x, t: functional_call(model, parameters, (x, t))) if parameters else model
-    steps, others = flow.path_steps(call, path, grid), flow.path_steps(reference, path, grid)
-    logp = torch.stack([flow.log_prob(x, *step) for x, step in zip(path.x_next, steps)], 1)
-    kls = torch.stack([flow.kl(mean, other, std) for (mean, std), (other, _) in zip(steps, others)], 1)
-    return flow.flow_grpo_loss(logp, path.logp if old is None else old, A, kls, clip=clip, beta=beta)
+def terms_of(velocity, path, grid, reference):
+    """Log-probabilities and KL of the sampled steps, (N, S) each."""
+    steps = flow.replay(velocity, path, grid)
+    return flow.step_logps(path, steps), flow.step_kls(steps, flow.replay(reference, path, grid))
+
+
+def loss_of(model, path, grid, A, reference, parameters=None, clip=1e-3, beta=0.5):
+    def velocity(x, t):
+        return functional_call(model, parameters or {}, (x, t))
+
+    logp, kls = terms_of(velocity, path, grid, reference)
+    return flow.flow_grpo_loss(logp, path.logp, A, kls, clip=clip, beta=beta)
 
 
 def test_before_the_first_update_ratio_is_1_and_kl_0_and_the_loss_0():
     grid, model, path, A = rollout()
     loss, statistics = loss_of(model, path, grid, A, Small())
-    assert statistics["tokens"] == 8 * 3 and statistics["ratio"] / 24 == pytest.approx(1, abs=1e-12) and statistics["kl"] == 0
-    assert loss.item() == pytest.approx(0, abs=1e-9) and statistics["clip_low"] == statistics["clip_high"] == 0
+    assert (
+        statistics["tokens"] == 8 * 3
+        and statistics["ratio"] / 24 == pytest.approx(1, abs=1e-12)
+        and statistics["kl"] == 0
+    )
+    assert (
+        loss.item() == pytest.approx(0, abs=1e-9)
+        and statistics["clip_low"] == statistics["clip_high"] == 0
+    )
 
 
 def test_noise_is_where_the_window_is_and_each_noisy_step_is_recorded_as_it_was():
     grid, model, path, _ = rollout(range(1, 4))
-    assert list(path.ks) == [1, 2, 3] and path.x.shape == path.x_next.shape == (3, 8, 4) and path.logp.shape == (8, 3)
+    assert (
+        list(path.ks) == [1, 2, 3]
+        and path.x.shape == path.x_next.shape == (3, 8, 4)
+        and path.logp.shape == (8, 3)
+    )
     assert torch.equal(path.x[1], path.x_next[0])
     torch.testing.assert_close(path.end, flow.euler(model, path.x_next[-1], grid[4:]).detach())
     torch.testing.assert_close(path.x[0], flow.euler(model, draw(8, 4, seed=4), grid[:2]).detach())
     drawn = {flow.noisy_steps(10, 2, 5, torch.Generator().manual_seed(seed)) for seed in range(60)}
-    assert drawn == {range(i, i + 2) for i in range(4)} and flow.noisy_steps(10, 0, 5, torch.Generator()) == range(10)
+    assert drawn == {range(i, i + 2) for i in range(4)} and flow.noisy_steps(
+        10, 0, 5, torch.Generator()
+    ) == range(10)
     with pytest.raises(SystemExit, match="--window 6"):
         flow.noisy_steps(10, 6, 5, torch.Generator())
 
@@ -173,81 +239,125 @@ def test_gradient_of_the_whole_loss_against_finite_differences():
         for i in range(p.numel()):
             sides = []
             for h in (1e-6, -1e-6):
-                moved = {**at, name: p.flatten().index_add(0, torch.tensor([i]), torch.tensor([h], dtype=p.dtype)).view(p.shape)}
+                moved = {
+                    **at,
+                    name: p.flatten()
+                    .index_add(0, torch.tensor([i]), torch.tensor([h], dtype=p.dtype))
+                    .view(p.shape),
+                }
                 sides.append(loss_of(model, path, grid, A, reference, moved, clip=0.01)[0].item())
-            assert model.get_parameter(name).grad.flatten()[i].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-4, abs=1e-8)
+            assert model.get_parameter(name).grad.flatten()[i].item() == pytest.approx(
+                (sides[0] - sides[1]) / 2e-6, rel=1e-4, abs=1e-8
+            )
 
 
 def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     grid, model, path, A = rollout()
+    reference = Small()
     with torch.no_grad():
         model.b += 0.1
-    parts = [flow.Path(path.ks, path.x[:, c], path.x_next[:, c], path.logp[c], path.end[c]) for c in (slice(0, 4), slice(4, 8))]
-    halves = []
-    for part, a in zip(parts, A.chunk(2)):
-        steps = flow.path_steps(model, part, grid)
-        logp = torch.stack([flow.log_prob(x, *step) for x, step in zip(part.x_next, steps)], 1)
-        kls = torch.stack([flow.kl(mean, mean + 1, std) for mean, std in steps], 1)
-        halves.append(flow.flow_grpo_loss(logp, part.logp, a, kls, clip=0.1, beta=0.3, n_sequences=8)[0])
-    steps = flow.path_steps(model, path, grid)
-    logp = torch.stack([flow.log_prob(x, *step) for x, step in zip(path.x_next, steps)], 1)
-    kls = torch.stack([flow.kl(mean, mean + 1, std) for mean, std in steps], 1)
-    torch.testing.assert_close(sum(halves), flow.flow_grpo_loss(logp, path.logp, A, kls, clip=0.1, beta=0.3)[0])
+    logp, kls = terms_of(model, path, grid, reference)
+    whole, _ = flow.flow_grpo_loss(logp, path.logp, A, kls, clip=0.1, beta=0.3)
+    halves = [
+        flow.flow_grpo_loss(logp[c], path.logp[c], A[c], kls[c], clip=0.1, beta=0.3, n_sequences=8)[
+            0
+        ]
+        for c in (slice(0, 4), slice(4, 8))
+    ]
+    torch.testing.assert_close(sum(halves), whole)
 
 
 # ---------------------------------------------------------------- rewards
+
 
 @pytest.fixture(scope="module")
 def pictures():
     """Four damaged scenes and the clean ones, 112 x 112."""
     samples = [world.sample(i, 1) for i in range(4)]
-    return recovery.to_tensor([s.image for s in samples]), recovery.to_tensor([s.clean for s in samples])
+    return to_tensor([s.image for s in samples]), to_tensor([s.clean for s in samples])
 
 
 def test_ssim_is_scikit_images(pictures):
-    damaged, clean = (p[..., :61, :] for p in pictures)                             # not square
-    expected = [structural_similarity(x.permute(1, 2, 0).double().numpy(), y.permute(1, 2, 0).double().numpy(), gaussian_weights=True, sigma=1.5,
-                                      use_sample_covariance=False, data_range=1, channel_axis=2) for x, y in zip(damaged, clean)]
-    np.testing.assert_allclose(image_rewards.ssim(damaged, clean), expected, atol=1e-6)
-    assert (image_rewards.ssim(clean, clean) == 1).all()
-    assert torch.equal(image_rewards.ssim(clean * 3 - 1, clean), image_rewards.ssim((clean * 3 - 1).clamp(0, 1), clean))
+    damaged, clean = (p[..., :61, :] for p in pictures)  # not square
+    expected = [
+        structural_similarity(
+            x.permute(1, 2, 0).double().numpy(),
+            y.permute(1, 2, 0).double().numpy(),
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1,
+            channel_axis=2,
+        )
+        for x, y in zip(damaged, clean)
+    ]
+    np.testing.assert_allclose(rewards.ssim(damaged, clean), expected, atol=1e-6)
+    assert (rewards.ssim(clean, clean) == 1).all()
+    assert torch.equal(
+        rewards.ssim(clean * 3 - 1, clean), rewards.ssim((clean * 3 - 1).clamp(0, 1), clean)
+    )
     with pytest.raises(ValueError, match="11 x 11"):
-        image_rewards.ssim(clean[..., :10, :], clean[..., :10, :])
+        rewards.ssim(clean[..., :10, :], clean[..., :10, :])
 
 
 def test_psnr_of_a_known_error():
     clean = torch.full((2, 3, 16, 16), 0.5)
-    assert image_rewards.psnr(clean + 0.1, clean).tolist() == pytest.approx([20, 20], abs=1e-4) and image_rewards.psnr(clean, clean)[0] == 100
+    assert (
+        rewards.psnr(clean + 0.1, clean).tolist() == pytest.approx([20, 20], abs=1e-4)
+        and rewards.psnr(clean, clean)[0] == 100
+    )
 
 
 def test_the_semantic_reward_of_known_features(pictures):
     """Features with the cosine 0.6; equal pictures earn 1."""
     damaged, clean = pictures
-    encoder = lambda x: torch.stack([torch.tensor([1.0, 0.0]) if any(torch.equal(p, c) for c in clean) else torch.tensor([0.6, 0.8]) for p in x])
-    assert image_rewards.r_sem(damaged[:1], clean[:1], encoder).item() == pytest.approx(math.exp(-5 * 0.4), rel=1e-5)
-    assert image_rewards.r_sem(clean, clean, encoder).tolist() == [1] * 4
-    assert image_rewards.r_sem(damaged[:1], clean[:1], encoder, alpha=1.0).item() == pytest.approx(math.exp(-0.4), rel=1e-5)
+
+    def encoder(x):
+        is_clean = [any(torch.equal(picture, c) for c in clean) for picture in x]
+        return torch.tensor([[1.0, 0.0] if found else [0.6, 0.8] for found in is_clean])
+
+    assert rewards.r_sem(damaged[:1], clean[:1], encoder).item() == pytest.approx(
+        math.exp(-5 * 0.4), rel=1e-5
+    )
+    assert rewards.r_sem(clean, clean, encoder).tolist() == [1] * 4
+    assert rewards.r_sem(damaged[:1], clean[:1], encoder, alpha=1.0).item() == pytest.approx(
+        math.exp(-0.4), rel=1e-5
+    )
 
 
 def test_the_tiny_tower_sees_what_the_image_processor_would_give_it(pictures):
     from PIL import Image
+
     model, processor = vlm.load(tiny.BASE)
-    expected = vlm.encode_images(model, *processor.pixels([Image.fromarray(p) for p in recovery.to_uint8(pictures[0])]))
-    encoder = image_rewards.load_encoder(tiny.BASE)
+    expected = vlm.encode_images(
+        model, *processor.pixels([Image.fromarray(p) for p in to_uint8(pictures[0])])
+    )
+    encoder = rewards.load_encoder(tiny.BASE)
     torch.testing.assert_close(encoder(pictures[0]), torch.stack(expected).mean(1).detach())
     assert encoder(pictures[0][..., ::2, ::2]).shape == (4, 192), "other sizes are resized"
 
 
 def test_clip_by_folder(pictures, tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    """Its features are those of its own image processor's pixels."""
+    folder = tmp_path / "clip"
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+    )
     clip = CLIPVisionModelWithProjection(config).eval()
-    clip.save_pretrained(tmp_path / "clip")
-    encoder = image_rewards.load_encoder(str(tmp_path / "clip"))
-    small = torch.nn.functional.interpolate(pictures[1], (56, 56), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    clip.save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56)
+    processor.save_pretrained(folder)
+    encoder = rewards.load_encoder(str(folder))
+    pixels = processor(list(to_uint8(pictures[1])), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (4, 3, 56, 56)
     with torch.no_grad():
-        expected = clip(pixel_values=(small - mean.view(3, 1, 1)) / std.view(3, 1, 1)).image_embeds
+        expected = clip(pixel_values=pixels).image_embeds
     torch.testing.assert_close(encoder(pictures[1]), expected)
     with pytest.raises(SystemExit, match="--encoder"):
-        image_rewards.load_encoder(str(tmp_path / "nothing"))
+        rewards.load_encoder(str(tmp_path / "nothing"))

@@ -29,9 +29,3 @@ def dataset(split: str) -> str:
             if {name: found.get(name) for name in now} != now:
                 raise SystemExit(f"{WORLD} was drawn by another version of rr1: delete that folder, and it is drawn again in half a minute")
     return str(path)
-
-
-def pairs(side: int, seed: int = 0):
-    """Damaged and clean pictures of the drawn world, side x side: of its training scenes (seed 0) or its held-out ones (1)."""
-    from rr1.u1.pairs import Pairs
-    return Pairs(side, seed)

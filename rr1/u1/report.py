@@ -1,0 +1,160 @@
+"""How well damage was undone: PSNR, SSIM and R_sem of pictures that no step trained on.
+
+    python -m rr1.u1.report --restorer runs/recover/model               # held-out scenes
+    python -m rr1.u1.report --restorer runs/photos/model --data photos  # crops of photos
+
+writes report.txt, report.json and strip.png (damaged, recovered, clean). Undamaged pictures are
+left out: they would count 100 dB each. Intervals are 95 %, by a bootstrap over pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from rr1 import data, files, runtime, tiny
+from rr1.evaluation.statistics import bootstrap, cell, interval, markdown, paired_difference
+from rr1.runtime import opt
+from rr1.u1 import pairs, rewards
+from rr1.u1.restorer import Restorer, recover, to_uint8
+
+TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem"}
+THIRDS = ("most damaged third", "middle third", "least damaged third")
+Scores = dict[str, np.ndarray]  # a measure of each picture, (N,)
+
+
+@dataclass
+class Config:
+    restorer: str = opt(tiny.RESTORER, "a restorer's folder, as train_recover.py writes it")
+    data: str = opt("", "folder of clean photos; empty: the drawn world's held-out scenes")
+    limit: int = opt(256, "pictures, the undamaged ones counted")
+    steps: int = opt(40, "Euler steps of a recovery")
+    encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
+    seed: int = opt(0, "of the noise that recovery starts from")
+    out: str = opt("runs/report-recovery", "folder of the report")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = runtime.parse_config(Config, argv, __doc__)
+    device = runtime.setup().device
+    model = Restorer.from_pretrained(config.restorer).to(device)
+    side = model.config["side"]
+    source = pairs.Scenes(side)
+    if config.data:
+        source = pairs.load_source(config.data, side)
+    damaged, clean = pairs.held_out(source, config.limit)  # (N, 3, side, side) each
+    changed = (damaged != clean).flatten(1).any(1)  # (N,)
+    damaged, clean = damaged[changed], clean[changed]
+
+    seeds = [data.seed_for(config.seed, i) for i in range(len(damaged))]
+    recovered = recover(model, damaged, config.steps, seeds).cpu()
+    encoder = rewards.load_encoder(config.encoder, device)
+    before = measure(damaged, clean, encoder)
+    after = measure(recovered, clean, encoder)
+    result, text = report(before, after)
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_text(out / "report.txt", text + "\n")
+    files.write_json(out / "report.json", result)
+    picture = strip(damaged[:10], recovered[:10], clean[:10])
+    files.write_bytes(out / "strip.png", picture)
+    print(f"{text}\n\nwritten: {out}/report.txt, report.json, strip.png")
+
+
+def measure(
+    pictures: Tensor,
+    clean: Tensor,
+    encoder: rewards.Encoder,
+) -> Scores:
+    """PSNR in dB, SSIM and R_sem of each picture."""
+    r_sem = []
+    for x, y in zip(pictures.split(64), clean.split(64)):  # an encoder takes memory
+        r_sem.append(rewards.r_sem(x, y, encoder))
+    scores = {
+        "psnr": rewards.psnr(pictures, clean),
+        "ssim": rewards.ssim(pictures, clean),
+        "r_sem": torch.cat(r_sem),
+    }
+    return {name: values.cpu().numpy() for name, values in scores.items()}
+
+
+def strip(*rows: Tensor) -> bytes:
+    """Rows of pictures (N, 3, H, W), one above the other, as a PNG; small ones are enlarged."""
+    zoom = max(1, 64 // rows[0].shape[-1])
+    lines = [np.hstack(to_uint8(row)) for row in rows]  # (H, N W, 3) each
+    image = np.vstack(lines).repeat(zoom, axis=0).repeat(zoom, axis=1)
+    return to_png(image)
+
+
+def to_png(image: np.ndarray) -> bytes:
+    """RGB uint8 (H, W, 3)."""
+    _, png = cv2.imencode(".png", image[:, :, ::-1])
+    return png.tobytes()
+
+
+def report(before: Scores, after: Scores) -> tuple[dict, str]:
+    """Scores of the damaged and of the recovered pictures -> all estimates, and tables."""
+    n = len(before["ssim"])
+    thirds, by_third = by_damage(before, after)
+    result = {
+        "n": n,
+        "damaged": means(before),
+        "recovered": means(after),
+        "gain": gain(before, after),
+        "by_damage": thirds,
+    }
+    rows = [
+        ["damaged", *map(cell, result["damaged"].values())],
+        ["recovered", *map(cell, result["recovered"].values())],
+        ["recovered less damaged", *map(interval, result["gain"].values())],
+    ]
+    table = markdown(["", *(TITLES[m] for m in before)], rows)
+    return result, (
+        f"{n} damaged pictures; **bold**: the interval is clear of 0\n\n{table}\n\n"
+        f"The gain by how damaged they are:\n\n{by_third}"
+    )
+
+
+def means(scores: Scores) -> dict[str, dict]:
+    """The mean of each measure."""
+    return {m: bootstrap(values)._asdict() for m, values in scores.items()}
+
+
+def gain(before: Scores, after: Scores) -> dict[str, dict]:
+    """How much more each measure is after than before, paired by picture."""
+    gains = {}
+    for m in before:
+        difference = paired_difference((after[m], None), (before[m], None))
+        gains[m] = difference._asdict()
+    return gains
+
+
+def by_damage(
+    before: Scores,
+    after: Scores,
+    titles: dict[str, str] = TITLES,
+) -> tuple[dict, str]:
+    """The gain in each third of the pictures by the SSIM of the damaged one, and a table of it."""
+    result, rows = {}, []
+    order = np.argsort(before["ssim"], kind="stable")
+    for name, third in zip(THIRDS, np.array_split(order, 3)):
+        was = {m: values[third] for m, values in before.items()}
+        now = {m: values[third] for m, values in after.items()}
+        result[name] = gain(was, now)
+        cells = []
+        for m, found in result[name].items():
+            found["damaged"] = float(was[m].mean())
+            cells.append(f"{found['damaged']:.3f}, {interval(found)}")
+        rows.append([name, *cells])
+    header = [f"{title}: damaged, gain" for title in titles.values()]
+    return result, markdown(["", *header], rows)
+
+
+if __name__ == "__main__":
+    main()

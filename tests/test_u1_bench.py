@@ -1,0 +1,123 @@
+"""The tables of bench/u1.py from hand-made scores and predictions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import u1
+
+from rr1.chain import Chain, render
+from rr1.evaluation import metrics
+from rr1.tiny import world
+
+
+def pictures_scores(n: int = 30) -> dict[str, dict[str, np.ndarray]]:
+    """In no order; stage I gains .3 in SSIM where it was low, .1 in the middle, loses .05 above."""
+    ssim = np.random.default_rng(0).permutation(np.linspace(0.1, 0.9, n))
+    gain = np.select([ssim < 0.36, ssim < 0.64], [0.3, 0.1], -0.05)
+    rows = {"damaged": ssim, "clean": np.ones(n), "stage I": ssim + gain}
+    rows["stage II, seed 0"] = ssim + gain + 0.02
+    scores = {}
+    for name, values in rows.items():
+        scores[name] = {
+            "psnr": 20 + 10 * values,
+            "ssim": values,
+            "r_sem": values,
+            "reward": 1.2 * values,
+            "read": (values > 0.5) * 1.0,
+        }
+    return scores
+
+
+def test_what_recovery_gains_by_hand():
+    text = u1.recovery_table(pictures_scores())
+    assert "30 held-out damaged scenes" in text
+    stage_1, stage_2 = (
+        next(line for line in text.splitlines() if line.startswith(f"| {name}"))
+        for name in ("stage I ", "stage II, seed 0")
+    )
+    assert f"**{(0.3 + 0.1 - 0.05) / 3:+.3f} [" in stage_1
+    assert "**+0.020 [+0.020, +0.020]**" in stage_2 and "**+0.200 [" in stage_2
+    for third, gain in (("most damaged", 0.3), ("middle", 0.1), ("least damaged", -0.05)):
+        line = next(line for line in text.splitlines() if line.startswith(f"| {third} third"))
+        assert f"**{gain:+.3f} [{gain:+.3f}, {gain:+.3f}]**" in line
+        assert f"**{10 * gain:+.3f} [{10 * gain:+.3f}, {10 * gain:+.3f}]**" in line
+
+
+def test_the_judge_counts_things_that_are_right_in_shape_and_colour():
+    scenes = [world.sample_scene(np.random.default_rng(i)) for i in range(6)]
+    truth = u1.things(scenes)
+    assert truth.shape == (6, 2, 2)
+    assert [int((row < len(u1.KINDS)).sum()) for row in truth] == [len(s.things) for s in scenes]
+    wrong = truth.clone()
+    first = (truth[0] < len(u1.KINDS)).nonzero()[0]
+    wrong[0, first[0], first[1]] = (truth[0, first[0], first[1]] + 1) % len(u1.KINDS)
+
+    def judge(pictures):
+        return torch.nn.functional.one_hot(wrong, len(u1.KINDS) + 1).permute(0, 3, 1, 2)
+
+    expected = [1 - 1 / len(scenes[0].things)] + [1] * 5
+    assert u1.read_right(judge, torch.zeros(6, 3, 8, 8), truth) == pytest.approx(expected)
+    assert u1.new_judge()(torch.rand(2, 3, 32, 32)).shape == (2, len(u1.KINDS) + 1, 2, 2)
+
+
+def answers(correct: int, n: int = 200) -> list[dict]:
+    """n judged rows, of which the first `correct` are right."""
+    rows = []
+    for i in range(n):
+        chain = Chain([("noise", 0.5)], "i", "r", "c", int(i >= correct))
+        row = {
+            "key": str(i),
+            "form": "choice",
+            "choices": ["a", "b"],
+            "answer": "0",
+            "shown": "as is",
+            "plain": False,
+            "degradations": [{"type": "noise", "intensity": 0.5}],
+            "response": render(chain),
+            "length": 50,
+            "truth_length": 50,
+            "truncated": False,
+        }
+        rows.append(metrics.judge(row))
+    return rows
+
+
+def test_the_tables_of_stage_3_by_hand():
+    """The recovered picture answers ten of 200 more than the chain; all others as many."""
+    models = {name: answers(160 if name == "recovered" else 150) for name in u1.ROWS}
+    now, less = u1.answer_tables(models).split("Each less `chain`")
+    assert "200 held-out damaged scenes" in now and "0.750 [0.686, 0.805] n 200" in now
+    recovered = next(line for line in less.splitlines() if "recovered (stage 3): I_c, I_r" in line)
+    twice = next(line for line in less.splitlines() if "twice: I_c, I_c" in line)
+    assert "**+0.050 [" in recovered and "+0.000 [+0.000, +0.000]" in twice
+    with pytest.raises(SystemExit, match="same records"):
+        u1.answer_tables(models | {"base": models["base"][:-1]})
+
+
+def test_records_show_what_is_asked_for(tmp_path):
+    """Other pictures in a line of a recovered data set: a mark for each, and no clean picture."""
+    folder = tmp_path / "pairs" / "test"
+    folder.mkdir(parents=True)
+    chain = {"from": "gpt", "value": "chain"}
+    line = {
+        "id": "7",
+        "image": ["d.png", "r.png"],
+        "clean_image": "x.png",
+        "answer": "red",
+        "conversations": [{"from": "human", "value": "<image><image>what color?"}, chain],
+    }
+    (folder / "test.jsonl").write_text(json.dumps(line) + "\n")
+    expected = {
+        "c": ["d.png"],
+        "cr": ["d.png", "r.png"],
+        "cx": ["d.png", "x.png"],
+        "cc": ["d.png", "d.png"],
+    }
+    for kind, pictures in expected.items():
+        [shown] = map(json.loads, u1.write_shown(tmp_path, "test", kind).read_text().splitlines())
+        assert shown["image"] == pictures
+        assert "clean_image" not in shown and shown["answer"] == "red"
+        human = {"from": "human", "value": "<image>" * len(pictures) + "what color?"}
+        assert shown["conversations"] == [human, chain]
