@@ -1,5 +1,4 @@
 """Files that are written whole or not at all, and JSON in them."""
-from __future__ import annotations
 
 import json
 import os
@@ -69,24 +68,41 @@ def read_lines(path: str | Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise SystemExit(f"{path}:{number}: not JSON ({error}): repair or delete the line") from None
+            raise SystemExit(
+                f"{path}:{number}: not JSON ({error}): repair or delete the line"
+            ) from None
     return rows
 
 
 def differences(old: Mapping, new: Mapping, free: Iterable[str] = ()) -> list[str]:
-    """A line for each setting that differs, but for those in `free`."""
-    names = sorted(set(old) | set(new))
-    lines = [f"  {name}: was {old.get(name)!r}, now {new.get(name)!r}" for name in names]
-    return [line for name, line in zip(names, lines) if name not in free and old.get(name) != new.get(name)]
+    """A line for each of the new settings that differs from the old, but for those in `free`.
+
+    A setting that only the old ones have is one that an earlier version had: it says nothing.
+    """
+    lines = []
+    for name in sorted(set(new) - set(free)):
+        if old.get(name) != new[name]:
+            lines.append(f"  {name}: was {old.get(name)!r}, now {new[name]!r}")
+    return lines
 
 
-def same_settings(path: str | Path, settings: Mapping, free: Iterable[str] = (), advice: str | None = None) -> None:
-    """SystemExit, with what differs, if the JSON file `path` holds other settings than these."""
+def same_settings(
+    path: str | Path,
+    settings: Mapping,
+    free: Iterable[str] = (),
+    advice: str = "Give the old values, or another --out.",
+    defaults: Mapping | None = None,
+) -> None:
+    """SystemExit, with what differs, if the JSON file `path` holds other settings than these.
+
+    A setting that the file does not have yet is taken to have been its value in `defaults`.
+    """
     path = Path(path)
     if not path.exists():
         return
-    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(to_json(settings))
-    changed = differences(old, new, free)
+    old = {**(defaults or {}), **json.loads(path.read_text(encoding="utf-8"))}
+    changed = differences(old, json.loads(to_json(settings)), free)
     if changed:
-        advice = advice or "Give the old values, or another --out."
-        raise SystemExit("\n".join([f"{path.parent} was begun with other settings:", *changed, advice]))
+        raise SystemExit(
+            "\n".join([f"{path.parent} was begun with other settings:", *changed, advice])
+        )

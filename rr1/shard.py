@@ -1,168 +1,198 @@
-"""One model over N processes: each keeps an N-th of every parameter, gradient and optimizer state (FSDP2, torch's `fully_shard`).
+"""One model over N processes: each keeps an N-th of every parameter, gradient and optimizer state.
+
+This is FSDP2, torch's `fully_shard`.
 
     spread     rank 0's weights to all: nobody else reads them
-    forward    function(model, ..) as a forward pass: a layer is gathered when its turn comes and let go after it
-    gathered   function(model, ..) with all layers gathered once, for many passes: sampling
-    pieces     whole tensors out of the shards, one at a time
-    load_model, restore_optimizer    and back into them
+    load       the model of a script, before it is sharded
+    forward    function(model, ..) as a forward pass: a layer is gathered when its turn comes
+    gathered   `with gathered(model):` all layers are gathered once, for many passes: sampling
+    save_model, load_model, optimizer_state, load_optimizer_state    whole tensors, out and in
 
-What is not sharded goes through the same functions and nothing happens to it. All processes call every function here, in the
-same order. A forward pass and its backward pass make collectives that all must make: as many passes on every process, whatever
-the data (the scripts share batches out evenly). Inside a pass, and while sampling, what a process does is its own.
+What is not sharded goes through the same functions and nothing happens to it. All processes call
+every function here, in the same order. A forward pass and its backward pass make collectives that
+all must make: as many passes on every process, whatever the data (the scripts share batches out
+evenly). Inside a pass, and while sampling, what a process does is its own.
 """
-from __future__ import annotations
 
+from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 
-from rr1.runtime import Runtime, broadcast_parameters
+from rr1 import vlm
+from rr1.runtime import Runtime
+
+ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def load(config, rt: Runtime):
+    """The script's model on this process's device, vision frozen -> (model, processor)."""
+    device = rt.device
+    if config.shard:  # rank 0 alone reads what is to be sharded
+        device = "cpu" if rt.is_main else "meta"
+    pixels = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    model, processor = vlm.load(config.model, device=device, **pixels)
+    vlm.freeze_vision(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, processor
 
 
 def shard(model, rt: Runtime):
-    """Shard the language model of rank 0 in place, layer by layer, on the devices (the others may bring it as mere shapes): every decoder
-    layer is gathered as one piece, the embedding (which is the projection to the vocabulary too, where tied) and the last norm as
+    """Shard the language model of rank 0 in place, layer by layer, on the devices.
+
+    The other processes may bring it as mere shapes. Every decoder layer is gathered as one piece,
+    the embedding (which is the projection to the vocabulary too, where tied) and the last norm as
     another. The frozen vision tower stays whole.
 
-    Shards are in the parameters' own dtype (float32: master weights). Layers are gathered in `rt.dtype`, so a GPU receives bfloat16,
-    which autocast would make of them anyway; embedding and last norm in float32, so hidden states add up in float32 from layer
-    to layer as they do on one GPU. Gradients are reduced in float32, and summed: each loss is already divided by the global count.
+    Shards are in the parameters' own dtype (float32: master weights). Layers are gathered in
+    `rt.dtype`, so a GPU receives the bfloat16 that autocast would make of them anyway; embedding
+    and last norm in float32, so hidden states add up in float32 from layer to layer as they do on
+    one GPU. Gradients are reduced in float32, and summed: each loss is already divided by the
+    global count.
     """
     if rt.world_size == 1:
         return model.to(rt.device)
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
     visual, layers = model.model.visual, model.model.language_model.layers
+    policy = MixedPrecisionPolicy(rt.dtype, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         spread(layer, rt)
-        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(rt.dtype, torch.float32, cast_forward_inputs=False))
-    spread(model, rt)                                                # what is left: embedding, last norm, vision tower
-    trained = any(p.requires_grad for p in layers.parameters())      # then the backward pass needs the outer piece at once
-    fully_shard(model, mesh=mesh, ignored_params=set(visual.parameters()), reshard_after_forward=not trained)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    spread(model, rt)  # what is left: embedding, last norm, vision tower
+    # a backward pass would need the outer piece again at once
+    trained = any(p.requires_grad for p in layers.parameters())
+    frozen = set(visual.parameters())
+    fully_shard(model, mesh=mesh, ignored_params=frozen, reshard_after_forward=not trained)
     for module in (model, *layers):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
-    model.run = MethodType(lambda model, call: call(), model)        # FSDP gathers and frees around this method
+    # FSDP gathers and frees around this method
+    model.run = MethodType(lambda model, call: call(), model)
     register_fsdp_forward_method(model, "run")
     return model
 
 
 @torch.no_grad()
 def spread(module, rt: Runtime) -> None:
-    """Bring rank 0's parameters and buffers to every process's device; those that are sharded already stay. The other processes may have
-    mere shapes (device "meta"). Tensors keep their identity, so what is tied stays tied."""
+    """Bring rank 0's parameters and buffers to every process's device.
+
+    The other processes may have mere shapes (device "meta"). Sharded tensors stay as they are.
+    Tensors keep their identity, so what is tied stays tied.
+    """
     for tensor in [*module.parameters(), *module.buffers()]:
-        if not isinstance(tensor, DTensor):
-            here = tensor.detach().to(rt.device) if rt.is_main else torch.empty_like(tensor, device=rt.device)
-            dist.broadcast(here, src=0)
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            fresh = torch.nn.Parameter(here, tensor.requires_grad) if is_parameter else here.detach()  # `here` itself gloo may still hold
-            torch.utils.swap_tensors(tensor, fresh)
+        if isinstance(tensor, DTensor):
+            continue
+        if rt.is_main:
+            here = tensor.detach().to(rt.device)
+        else:
+            here = torch.empty_like(tensor, device=rt.device)
+        dist.broadcast(here, src=0)
+        fresh = here.detach()  # gloo may still hold `here` itself
+        if isinstance(tensor, torch.nn.Parameter):
+            fresh = torch.nn.Parameter(fresh, tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, fresh)
 
 
 def forward(model, function: Callable, *args: Any, **options: Any) -> Any:
-    """function(model, *args, **options), where the function calls parts of the model and not `model.forward`. It runs the layers once."""
+    """function(model, *args, **options), where the function calls parts of the model and not
+    `model.forward`. It runs the layers once."""
     call = partial(function, model, *args, **options)
     return model.run(call) if isinstance(model, FSDPModule) else call()
 
 
-@torch.no_grad()
-def gathered(model, function: Callable, *args: Any, **options: Any) -> Any:
-    """function(model, *args, **options), where the function runs the layers many times, without gradient: each process then holds the
-    whole language model (in `rt.dtype`) from the first line to the last, and no token costs a collective."""
-    if not isinstance(model, FSDPModule):
-        return function(model, *args, **options)
-    layers = model.model.language_model.layers
+@contextmanager
+def gathered(model) -> Iterator[None]:
+    """`with gathered(model):` for code that runs the layers many times, without gradient.
 
-    def call(model):
+    Each process then holds the whole language model (in `rt.dtype`) from the first line to the
+    last, and no token costs a collective.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    layers = model.model.language_model.layers
+    with torch.no_grad():
+        model.run(lambda: None)  # FSDP learns which module is the outermost
+        model.unshard()
         for layer in layers:
             layer.set_reshard_after_forward(False)
             layer.unshard()
-        return function(model, *args, **options)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+        model.reshard()
 
-    result = forward(model, call)
-    for layer in layers:
-        layer.set_reshard_after_forward(True)
-        layer.reshard()
-    model.reshard()
-    return result
 
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def pieces(named: Iterable[tuple[str, torch.Tensor]], keep: bool, limit: int = 2**32) -> Iterator[dict[str, torch.Tensor]]:
-    """Named tensors -> dicts of whole tensors on the CPU, each of `limit` bytes at most or of one tensor. They are gathered one by one, and
-    only where `keep` (rank 0) is one kept; elsewhere a single empty dict comes out."""
-    piece, size = {}, 0
-    for name, tensor in named:
-        tensor = whole(tensor)
-        if keep:
-            if piece and size + tensor.nbytes > limit:
-                yield piece
-                piece, size = {}, 0
-            piece[name], size = tensor.detach().cpu().contiguous(), size + tensor.nbytes
-    yield piece
-
-
-@torch.no_grad()
-def fill(target: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a whole tensor into `target`, of which this process may have a shard."""
-    if isinstance(target, DTensor):
-        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    return target.copy_(tensor)
-
-
 def save_model(model, folder: Path, rt: Runtime) -> None:
     """Write an ordinary checkpoint folder, from rank 0."""
-    weights = {}
-    if isinstance(model, FSDPModule):    # parameters alone: the model has no other state, and tied ones come once
-        for piece in pieces(model.named_parameters(), rt.is_main):
-            weights |= piece
+    options = {}
+    if isinstance(model, FSDPModule):
+        state = get_model_state_dict(model, options=ON_RANK_0)
+        once = [name for name, _ in model.named_parameters()]  # tied parameters come once
+        options["state_dict"] = {name: state[name] for name in once if name in state}
     if rt.is_main:
-        model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
+        model.save_pretrained(folder, **options)
 
 
 def load_model(model, folder: Path, rt: Runtime) -> None:
-    """Fill the model from a checkpoint folder, which rank 0 reads; parameter by parameter where it is sharded."""
-    saved = {}
-    if rt.is_main:  # by from_pretrained, since the names on disk need not be those of the state dict
+    """Fill the model from a checkpoint folder, which rank 0 alone reads."""
+    state = {}
+    if rt.is_main:  # by from_pretrained, since names on disk need not be those of the state dict
         widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
         plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-        saved = plain.from_pretrained(folder, dtype=widest).state_dict()
-    if not isinstance(model, FSDPModule):
-        if rt.is_main:
-            model.load_state_dict(saved)
-        return broadcast_parameters(model, rt)
-    for name, p in model.named_parameters():
-        tensor = saved[name].to(p.device, p.dtype) if rt.is_main else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-        dist.broadcast(tensor, src=0)
-        fill(p, tensor)
+        state = plain.from_pretrained(folder, dtype=widest).state_dict()
+    several = rt.world_size > 1
+    options = StateDictOptions(full_state_dict=several, broadcast_from_rank0=several)
+    set_model_state_dict(model, state, options=options)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the optimizer, each with the name "name of the parameter/key"."""
-    names = {p: name for name, p in model.named_parameters()}
-    return ((f"{names[p]}/{key}", value) for p, state in optimizer.state.items() for key, value in state.items())
+def optimizer_state(model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Whole tensors of the optimizer by "name of the parameter/key", on rank 0."""
+    state = get_optimizer_state_dict(model, optimizer, options=ON_RANK_0).get("state", {})
+    return {
+        f"{name}/{key}": value.contiguous()
+        for name, at in state.items()
+        for key, value in at.items()
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, files: Iterable[Path]) -> None:
-    """Undo `optimizer_tensors` in place, from the files that hold its pieces. Every process reads them, tensor by tensor."""
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for path in tensors.keys():
-                name, key = path.rsplit("/", 1)
-                p, tensor = parameters[name], tensors.get_tensor(path)  # copied, as the file will be deleted
-                optimizer.state[p][key] = fill(torch.zeros_like(p, dtype=tensor.dtype), tensor) if tensor.ndim else tensor.to(p.device, copy=True)
+def load_optimizer_state(model, optimizer: torch.optim.Optimizer, tensors: dict) -> None:
+    """Undo `optimizer_state`, in place. Every process brings the whole tensors."""
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    state: dict[str, dict] = defaultdict(dict)
+    for path, tensor in tensors.items():
+        name, key = path.rsplit("/", 1)
+        state[name][key] = tensor
+    both = {"state": state, "param_groups": groups}
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, both, options=options)

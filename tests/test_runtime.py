@@ -2,12 +2,14 @@
 
 This file is also the small training script that the tests start: `torchrun tests/test_runtime.py --out FOLDER`.
 """
+
 from __future__ import annotations
 
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,32 +77,30 @@ class Processor:
 def train(config: Config, rt: runtime.Runtime) -> Net:
     """Every random state there is decides what is learnt."""
     runtime.seed_everything(config.seed + rt.rank)
-    run = run_folder.RunFolder(config, rt, ["loss of the step: loss", "draw"], free={"save_every", "pause"})
+    panels = {"loss of the step": ["loss"], "draw": ["draw"]}
+    run = run_folder.RunFolder(config, rt, panels, free={"save_every", "pause"})
     net = Net()
     runtime.broadcast_parameters(net, rt)
     optimizer = runtime.build_optimizer(net, config.lr, weight_decay=0.1)
-    own = {"torch": torch.Generator(), "numpy": np.random.default_rng(rt.rank), "python": random.Random(rt.rank)}
-    own = {f"own {name}": generator for name, generator in own.items()}
-    own["own torch"].manual_seed(rt.rank)
-    state = run.load(net, optimizer, own) or {"step": 0, "total": 0.0}
+    first = run.load(net, optimizer)
     with runtime.Interrupt(rt) as interrupt:
-        for step in range(state["step"] + 1, config.steps + 1):
-            draws = [random.gauss(0, 1), np.random.standard_normal(), torch.randn(1).item(), own["own python"].gauss(0, 1),
-                     own["own numpy"].standard_normal(), torch.randn(1, generator=own["own torch"]).item()]
+        for step in range(first + 1, config.steps + 1):
+            draws = [random.gauss(0, 1), np.random.standard_normal(), *torch.randn(4).tolist()]
             loss = (net(torch.tensor(draws[:4])) - torch.tensor(draws[3:])).pow(2).sum()
             loss.backward()
             runtime.sum_gradients(net.parameters(), rt)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * runtime.cosine_with_warmup(step - 1, config.steps, warmup=2)
+                group["lr"] = config.lr * runtime.cosine_with_warmup(
+                    step - 1, config.steps, warmup=2
+                )
             optimizer.step()
             optimizer.zero_grad()
-            state["total"] += loss.item()
-            run.log(step, runtime.sum_over_ranks({"loss": loss, "draw": draws[0]}, rt))
-            run.dump([{"step": step, "text": f"é{step}", "draw": draws[1]}])
-            run.end_step(step, interrupt.requested, net, Processor(), optimizer, {"total": state["total"]}, own)
+            metrics = runtime.sum_over_ranks({"loss": loss, "draw": draws[0]}, rt)
+            run.log(step, metrics, f"step {step:5d}")
+            run.dump(step, [{"text": f"é{step}", "draw": draws[1]}])
+            run.end_step(step, interrupt.requested, net, Processor(), optimizer)
             time.sleep(config.pause)
     run.finish(net, Processor())
-    net.total = state["total"]
     return net
 
 
@@ -110,7 +110,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Weights, optimizer, random states, metrics and rollouts of two finished runs are equal, bit for bit."""
-    assert {k: v.tolist() for k, v in weights(a).items()} == {k: v.tolist() for k, v in weights(b).items()}
+    assert {k: v.tolist() for k, v in weights(a).items()} == {
+        k: v.tolist() for k, v in weights(b).items()
+    }
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (a / name).read_text() == (b / name).read_text()
     a, b = run_folder.checkpoints(a)[-1], run_folder.checkpoints(b)[-1]
@@ -136,9 +138,16 @@ def whole(tmp_path_factory) -> Path:
 def test_resume_is_bit_for_bit(whole, tmp_path, steps, monkeypatch, capsys):
     """Stopped after any number of steps, with rubbish left behind: the end is the same."""
     out = tmp_path / "run"
-    monkeypatch.setattr(runtime, "cosine_with_warmup", lambda step, _, warmup, f=runtime.cosine_with_warmup: f(step, 6, warmup))
+    monkeypatch.setattr(
+        runtime,
+        "cosine_with_warmup",
+        lambda step, _, warmup, f=runtime.cosine_with_warmup: f(step, 6, warmup),
+    )
     train(Config(out=str(out), steps=steps), ALONE)
-    with open(out / "metrics.jsonl", "a") as metrics, open(out / "rollouts.jsonl", "ab") as rollouts:
+    with (
+        open(out / "metrics.jsonl", "a") as metrics,
+        open(out / "rollouts.jsonl", "ab") as rollouts,
+    ):
         metrics.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
         rollouts.write('{"step": 9, "text": "é'.encode()[:-1])  # cut in the middle of a character
     for rubbish in ("step-000099.tmp", "step-000002.tmp"):
@@ -152,12 +161,10 @@ def test_resume_is_bit_for_bit(whole, tmp_path, steps, monkeypatch, capsys):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_the_state_comes_back(whole, tmp_path):
-    """`state` makes the round trip, and a finished run has nothing left to do."""
+def test_a_finished_run_has_nothing_left_to_do(whole):
     before = whole.joinpath("metrics.jsonl").read_bytes()
-    net = train(Config(out=str(whole), resume=True), ALONE)
-    rows = [json.loads(line) for line in before.splitlines()]
-    assert net.total == sum(row["loss"] for row in rows) and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    train(Config(out=str(whole), resume=True), ALONE)
+    assert [json.loads(line)["step"] for line in before.splitlines()] == [1, 2, 3, 4, 5, 6]
     assert whole.joinpath("metrics.jsonl").read_bytes() == before
 
 
@@ -165,16 +172,22 @@ def test_only_the_newest_checkpoints_stay_and_each_is_a_model_folder(whole):
     found = run_folder.checkpoints(whole)
     assert [folder.name for folder in found] == ["step-000004", "step-000006"]
     assert (found[0] / "model" / "words.json").exists()
-    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(found[1]).items())
+    assert all(
+        torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(found[1]).items()
+    )
     assert set(load_file(found[1] / "optimizer.safetensors")) == {
-        f"{layer}.{kind}/{key}" for layer in ("layer", "unused") for kind in ("weight", "bias")
-        for key in ("step", "exp_avg", "exp_avg_sq")}
+        f"{layer}.{kind}/{key}"
+        for layer in ("layer", "unused")
+        for kind in ("weight", "bias")
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
 
 
 def test_dying_at_any_file_operation_leaves_a_resumable_folder(tmp_path, monkeypatch):
     """At each rename, deletion and tensor file of a run in turn; resumed, it ends as a run that did not die."""
     whole = tmp_path / "whole"
     train(Config(out=str(whole), steps=4, save_every=1), ALONE)
+
     class Killed(BaseException):
         pass
 
@@ -186,7 +199,9 @@ def test_dying_at_any_file_operation_leaves_a_resumable_folder(tmp_path, monkeyp
                 if next(calls) == count:
                     raise Killed
                 return function(*arguments, **options)
+
             return inner
+
         return wrap
 
     monkeypatch.setattr(run_folder, "draw_curves", lambda *_: None)
@@ -225,12 +240,35 @@ def test_a_second_run_into_a_folder_is_refused(whole):
 def test_resume_with_another_configuration_names_the_field_and_both_values(whole):
     with pytest.raises(SystemExit) as error:
         train(Config(out=str(whole), lr=0.5, words=["c"], resume=True, steps=9, pause=0.1), ALONE)
-    assert "lr: was 0.01, now 0.5" in str(error.value) and "words: was ['a', 'b'], now ['c']" in str(error.value)
+    assert "lr: was 0.01, now 0.5" in str(
+        error.value
+    ) and "words: was ['a', 'b'], now ['c']" in str(error.value)
     assert "pause" not in str(error.value) and "steps" not in str(error.value)
 
 
+def test_a_run_of_an_earlier_version_goes_on(whole, tmp_path):
+    """Options that are gone say nothing; one that is new is taken to have had its default."""
+    shutil.copytree(whole, tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["capture"] = False
+    del settings["words"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match=r"words: was \['a', 'b'\], now \['c'\]"):
+        train(Config(out=str(tmp_path / "run"), words=["c"], resume=True), ALONE)
+    state = run_folder.checkpoints(tmp_path / "run")[-1] / "optimizer.safetensors"
+    tensors = load_file(state)
+    first = next(iter(tensors))
+    save_file({first: tensors.pop(first)}, state.with_name("optimizer-1.safetensors"))
+    save_file(tensors, state)  # large ones were in several files
+    train(Config(out=str(tmp_path / "run"), steps=8, resume=True), ALONE)
+    train(Config(out=str(tmp_path / "whole"), steps=8, resume=True), ALONE)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_resume_with_another_number_of_processes_says_so_and_draws_afresh(tmp_path, capsys):
-    """Weights, optimizer and rank 0's state come back; random states follow from seed and step, so twice the same."""
+    """Weights and optimizer come back; random states follow from seed and step."""
     states = {}
     for name in ("a", "b", "seed", "step"):
         config = Config(out=str(tmp_path / name), steps=4 if name == "step" else 2)
@@ -238,36 +276,35 @@ def test_resume_with_another_number_of_processes_says_so_and_draws_afresh(tmp_pa
         folder = run_folder.checkpoints(config.out)[-1]
         (folder / "rank-1.json").write_text("{}")  # as if two processes had written it
         config.seed, config.resume = int(name == "seed"), True
-        write = json.loads((tmp_path / name / "config.json").read_text()) | {"seed": config.seed}
-        (tmp_path / name / "config.json").write_text(json.dumps(write))
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        settings["seed"] = config.seed
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
         runtime.seed_everything(ord(name[0]))
         run, net = run_folder.RunFolder(config, ALONE, free={"save_every", "pause"}), Net()
-        own = {"own torch": torch.Generator(), "own numpy": np.random.default_rng(5), "own python": random.Random(5)}
         optimizer = runtime.build_optimizer(net, 0.1, 0.0)
-        assert run.load(net, optimizer, own)["total"] == json.loads((folder / "rank-0.json").read_text())["state"]["total"]
-        assert all(torch.equal(tensor, weights(tmp_path / name)[key]) for key, tensor in net.state_dict().items())
+        assert run.load(net, optimizer) == config.steps
+        for key, tensor in net.state_dict().items():
+            assert torch.equal(tensor, weights(tmp_path / name)[key])
         assert optimizer.state[net.layer.weight]["step"] == config.steps
-        states[name] = {key: json.dumps(files.to_json(run_folder.get_state(generator))) for key, generator in run._generators(own).items()}
-        assert "2 process(es) wrote it, 1 go on: random states start afresh from seed and step" in capsys.readouterr().out
-    assert states["a"] == states["b"] and len(set(states["a"].values())) == 6
-    assert all(states["a"][key] != states[other][key] for key in states["a"] for other in ("seed", "step"))
+        states[name] = {
+            key: files.to_json(state) for key, state in run_folder.random_states(ALONE).items()
+        }
+        said = "2 process(es) wrote it, 1 go on: random states start afresh from seed and step"
+        assert said in capsys.readouterr().out
+    assert states["a"] == states["b"] and len(set(states["a"].values())) == 3
+    for other in ("seed", "step"):
+        assert all(states["a"][key] != states[other][key] for key in states["a"])
 
 
-def test_resume_with_another_generator_is_an_error(whole):
-    run, net = run_folder.RunFolder(Config(out=str(whole), resume=True), ALONE), Net()
-    with pytest.raises(ValueError, match="random states"):
-        run.load(net, runtime.build_optimizer(net, 0.1, 0.0), {"another": random.Random()})
+def test_random_states_make_the_round_trip():
+    def draw():
+        return random.gauss(0, 1), np.random.standard_normal(), torch.randn(3).tolist()
 
-
-def test_generators_make_the_round_trip():
-    philox, twister = (np.random.Generator(kind(3)) for kind in (np.random.Philox, np.random.MT19937))
-    for generator, draw in [(philox, philox.normal), (twister, twister.normal), (random, lambda: random.gauss(0, 1)),
-                            (np.random, np.random.standard_normal), (torch.default_generator, lambda: torch.randn(3).tolist())]:
-        draw()  # a Gaussian pair is half used up
-        state = json.loads(files.to_json(run_folder.get_state(generator)))
-        expected = [draw() for _ in range(3)]
-        run_folder.set_state(generator, state)
-        assert [draw() for _ in range(3)] == expected
+    draw()  # a Gaussian pair is half used up
+    states = json.loads(files.to_json(run_folder.random_states(ALONE)))
+    expected = [draw() for _ in range(3)]
+    run_folder.set_random_states(states, ALONE)
+    assert [draw() for _ in range(3)] == expected
 
 
 def test_a_real_model_comes_back_bit_for_bit(checkpoint, processor, tmp_path):
@@ -287,12 +324,14 @@ def test_a_real_model_comes_back_bit_for_bit(checkpoint, processor, tmp_path):
     other.model.visual.to(torch.bfloat16).requires_grad_(False)
     again = runtime.build_optimizer(other, 0.5, 0.1)
     config.resume = True
-    assert run_folder.RunFolder(config, ALONE).load(other, again) == {"step": 5}
+    assert run_folder.RunFolder(config, ALONE).load(other, again) == 5
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     assert other.lm_head.weight is other.model.language_model.embed_tokens.weight
     for p, q in zip(model.parameters(), other.parameters()):
-        assert all(torch.equal(value, again.state[q][key]) for key, value in optimizer.state[p].items())
+        assert all(
+            torch.equal(value, again.state[q][key]) for key, value in optimizer.state[p].items()
+        )
     assert again.param_groups[0]["lr"] == 0.01
 
 
@@ -305,9 +344,23 @@ def test_nothing_is_pickled():
 
 
 def start(*command: str, out: Path, **environment: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | environment
-    return subprocess.Popen([sys.executable, *command, str(Path(__file__)), "--out", str(out)] + ["--pause", "0.3"],
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = (
+        os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+        }
+        | environment
+    )
+    return subprocess.Popen(
+        [sys.executable, *command, str(Path(__file__)), "--out", str(out)] + ["--pause", "0.3"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def read_until(process: subprocess.Popen, beginning: str) -> list[str]:
@@ -345,9 +398,15 @@ def test_stopped_in_peace(whole, tmp_path):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[0]
     assert process.returncode == 130, said
-    assert "ending this step" in said and "with --resume goes on" in said and "Traceback" not in said
+    assert (
+        "ending this step" in said and "with --resume goes on" in said and "Traceback" not in said
+    )
     last = int(re.search(r"stopped after step (\d)", said)[1])
-    assert 3 <= last < 6 and run_folder.checkpoints(out)[-1].name == f"step-{last:06d}" and (out / "curves.png").exists()
+    assert (
+        3 <= last < 6
+        and run_folder.checkpoints(out)[-1].name == f"step-{last:06d}"
+        and (out / "curves.png").exists()
+    )
     train(Config(out=str(out), resume=True), ALONE)
     assert_same_run(whole, out)
 
@@ -363,7 +422,10 @@ def test_the_second_interrupt_kills_unless_it_is_the_echo_of_the_first(monkeypat
         assert interrupt.requested and not killed
         interrupt._asked -= 2
         signal.raise_signal(signal.SIGTERM)
-        assert killed == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert (
+            killed == [(os.getpid(), signal.SIGTERM)]
+            and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        )
     assert signal.getsignal(signal.SIGINT) == before
     assert capfd.readouterr().err.count("ending this step") == 1
 
@@ -374,7 +436,9 @@ def test_the_second_interrupt_kills_unless_it_is_the_echo_of_the_first(monkeypat
 def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
     """Run by each of two processes; rank 0 has [1, 2], rank 1 has [10, 20] or nothing at all."""
     assert rt.world_size == 2 and torch.distributed.get_backend() == "gloo"
-    assert runtime.sum_over_ranks({"b": rt.rank + 1, "a": torch.tensor(2.5, requires_grad=True)}, rt) == {"a": 5.0, "b": 3.0}
+    assert runtime.sum_over_ranks(
+        {"b": rt.rank + 1, "a": torch.tensor(2.5, requires_grad=True)}, rt
+    ) == {"a": 5.0, "b": 3.0}
 
     net = Net()  # seeded differently
     runtime.broadcast_parameters(net, rt)
@@ -382,23 +446,38 @@ def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
     assert runtime.sum_over_ranks(sums, rt) == {name: 2 * total for name, total in sums.items()}
 
     calls, all_reduce = [], torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda tensor, *rest: (calls.append(tensor.numel()), all_reduce(tensor, *rest))
-    for bucket, expected in ((2**26, [15 + 6]), (12, [12, 3 + 4 + 2]), (1, [12, 3, 4, 2])):
-        for has in ("both", "one", "none"):  # as many collectives whatever the data
-            net.zero_grad(set_to_none=True)
-            if has == "both" or has == "one" and rt.rank == 1:
-                net.layer.weight.grad = torch.full((3, 4), 10.0 ** rt.rank)
-            calls.clear()
-            runtime.sum_gradients(net.parameters(), rt, bucket)
-            assert calls == expected, (calls, expected)
-            assert net.layer.weight.grad.unique().tolist() == [{"both": 11.0, "one": 10.0, "none": 0.0}[has]]
-            assert net.unused.weight.grad.abs().sum() == 0 and net.frozen.weight.grad is None
+    torch.distributed.all_reduce = lambda tensor: (calls.append(tensor.numel()), all_reduce(tensor))
+    for has in ("both", "one", "none"):  # as many collectives whatever the data
+        net.zero_grad(set_to_none=True)
+        if has == "both" or has == "one" and rt.rank == 1:
+            net.layer.weight.grad = torch.full((3, 4), 10.0**rt.rank)
+        calls.clear()
+        runtime.sum_gradients(net.parameters(), rt)
+        assert calls == [12, 3, 4, 2], calls
+        expected = {"both": 11.0, "one": 10.0, "none": 0.0}[has]
+        assert net.layer.weight.grad.unique().tolist() == [expected]
+        assert net.unused.weight.grad.abs().sum() == 0 and net.frozen.weight.grad is None
     torch.distributed.all_reduce = all_reduce
 
-    half = [nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(1, dtype=torch.float64))]
-    half[0].grad, half[1].grad = torch.ones_like(half[0]), torch.full_like(half[1], 2.0 ** -40 + rt.rank)
+    means = runtime.Means()
+    means.add("share", [rt.rank == 1, False, False])
+    means.add("of a sum", torch.tensor([3.0, 4.0]), count=rt.rank)
+    means.add("nothing", 0.0, count=0)
+    means.add("share", torch.tensor(True))
+    assert means.over_ranks(rt) == {"share": 3 / 8, "of a sum": 14.0, "nothing": 0.0}
+
+    half = [
+        nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)),
+        nn.Parameter(torch.zeros(1, dtype=torch.float64)),
+    ]
+    half[0].grad, half[1].grad = (
+        torch.ones_like(half[0]),
+        torch.full_like(half[1], 2.0**-40 + rt.rank),
+    )
     runtime.sum_gradients(half, rt)
-    assert half[0].grad.dtype == torch.bfloat16 and half[1].grad.item() == 2.0 ** -39 + 1  # more than float32 can hold
+    assert (
+        half[0].grad.dtype == torch.bfloat16 and half[1].grad.item() == 2.0**-39 + 1
+    )  # more than float32 can hold
 
     with runtime.Interrupt(rt) as interrupt:  # one rank is asked, both know
         if rt.rank == 1:
@@ -413,11 +492,17 @@ def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
 
     whole, parts = config.out + "-whole", config.out + "-parts"
     train(Config(out=whole), rt)
-    runtime.cosine_with_warmup, original = (lambda step, _, warmup: original(step, 6, warmup)), runtime.cosine_with_warmup
+    runtime.cosine_with_warmup, original = (
+        (lambda step, _, warmup: original(step, 6, warmup)),
+        runtime.cosine_with_warmup,
+    )
     train(Config(out=parts, steps=3), rt)
     runtime.seed_everything(99)
     net = train(Config(out=parts, resume=True), rt)
-    states = [json.loads((run_folder.checkpoints(out)[-1] / f"rank-{rt.rank}.json").read_text()) for out in (whole, parts)]
+    states = [
+        json.loads((run_folder.checkpoints(out)[-1] / f"rank-{rt.rank}.json").read_text())
+        for out in (whole, parts)
+    ]
     assert states[0] == states[1]
     total = runtime.sum_over_ranks({"sum": net.layer.weight.double().sum()}, rt)["sum"]
     assert total == 2 * net.layer.weight.double().sum().item()
@@ -430,8 +515,10 @@ def test_two_processes(tmp_path):
     assert said.count("step     1") == 2  # of each run one line, not one for each rank
     assert_same_run(tmp_path / "run-whole", tmp_path / "run-parts")
     folder = run_folder.checkpoints(tmp_path / "run-whole")[-1]
-    ranks = [json.loads((folder / f"rank-{rank}.json").read_text())["generators"] for rank in (0, 1)]
-    assert len(ranks[0]) == 6 and all(ranks[0][name] != ranks[1][name] for name in ranks[0])
+    ranks = [
+        json.loads((folder / f"rank-{rank}.json").read_text())["generators"] for rank in (0, 1)
+    ]
+    assert len(ranks[0]) == 3 and all(ranks[0][name] != ranks[1][name] for name in ranks[0])
 
 
 def test_one_process_also_fills_in_missing_gradients():
@@ -448,7 +535,11 @@ def test_setup_under_plain_python(monkeypatch):
     drawn = (random.random(), np.random.random(), torch.rand(1).item())
     runtime.seed_everything(7)
     assert drawn == (random.random(), np.random.random(), torch.rand(1).item())
-    assert (rt.rank, rt.world_size, rt.is_main) == (0, 1, True) and not torch.distributed.is_initialized()
+    assert (rt.rank, rt.world_size, rt.is_main) == (
+        0,
+        1,
+        True,
+    ) and not torch.distributed.is_initialized()
     if rt.device.type == "cpu":
         assert rt.dtype == torch.float32
         with rt.autocast():
@@ -473,7 +564,10 @@ def test_schedule():
     assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and factors[10] == 1
     assert factors[60] == pytest.approx(0.55) and factors[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
-    assert runtime.cosine_with_warmup(500, 110, 10) == pytest.approx(0.1) and runtime.cosine_with_warmup(0, 0, 0) == 1
+    assert (
+        runtime.cosine_with_warmup(500, 110, 10) == pytest.approx(0.1)
+        and runtime.cosine_with_warmup(0, 0, 0) == 1
+    )
 
 
 @dataclass
@@ -490,15 +584,27 @@ class Options:
 
 def test_options():
     config = runtime.parse_config(Options, ["--needed", "3"])
-    assert config == Options(3) and config.levels == [0.25, 0.5] and config.levels is not Options(3).levels
-    argv = "--needed 1 --name y --rate 2e-6 --no-tree --loss dapo --max-items 4 --levels 1 --words a b"
+    assert (
+        config == Options(3)
+        and config.levels == [0.25, 0.5]
+        and config.levels is not Options(3).levels
+    )
+    argv = (
+        "--needed 1 --name y --rate 2e-6 --no-tree --loss dapo --max-items 4 --levels 1 --words a b"
+    )
     config = runtime.parse_config(Options, argv.split())
     assert config == Options(1, "y", 2e-6, False, "dapo", 4, [1.0], ["a", "b"])
 
 
-@pytest.mark.parametrize("argv, said", [
-    ("", "required: --needed"), ("--needed x", "invalid int value: 'x'"), ("--needed 1 --loss no", "'grpo'"),
-    ("--needed 1 --max-item 3", "unrecognized arguments: --max-item 3")])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ("", "required: --needed"),
+        ("--needed x", "invalid int value: 'x'"),
+        ("--needed 1 --loss no", "'grpo'"),
+        ("--needed 1 --max-item 3", "unrecognized arguments: --max-item 3"),
+    ],
+)
 def test_wrong_options(argv, said, capsys):
     with pytest.raises(SystemExit):
         runtime.parse_config(Options, argv.split())
@@ -509,28 +615,38 @@ def test_help_shows_defaults_and_the_docstring_as_it_is(capsys):
     with pytest.raises(SystemExit):
         runtime.parse_config(Options, ["--help"], "Title\n\n    torchrun  script.py")
     said = capsys.readouterr().out
-    assert "\n    torchrun  script.py" in said and "50 % of %s (default: x)" in said and "--max-items INT" in said
-    assert "(default: [0.25, 0.5])" in said and "--tree, --no-tree" in said and "{grpo,dapo}" in said
+    assert (
+        "\n    torchrun  script.py" in said
+        and "50 % of %s (default: x)" in said
+        and "--max-items MAX_ITEMS" in said
+    )
+    assert (
+        "(default: [0.25, 0.5])" in said
+        and "--tree [TREE]" in said
+        and "--no-tree" in said
+        and "{grpo,dapo}" in said
+    )
 
 
 def test_log_writes_plain_json_and_one_line(tmp_path, capsys):
     run = run_folder.RunFolder(Config(out=str(tmp_path)), ALONE)
-    run.log(1, {"loss": torch.tensor(0.5), "norm": float("nan"), "tokens": 7})
-    run.log(2, {"loss": 0.25}, "my line")
-    run.log(3, {"loss": 0.125}, "")
-    assert capsys.readouterr().out == "step     1  loss 0.5  norm nan  tokens 7\nmy line\n"
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 1, "loss": 0.5, "norm": None, "tokens": 7.0}, {"step": 2, "loss": 0.25}, {"step": 3, "loss": 0.125}]
-    with pytest.raises(ValueError, match='needs the key "step"'):
-        run.dump([{"text": "x"}])
+    run.log(1, {"loss": torch.tensor(0.5), "norm": float("nan"), "tokens": 7}, "one")
+    run.log(2, {"loss": 0.25}, "two")
+    assert capsys.readouterr().out == "one\ntwo\n"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    first = {"step": 1, "loss": 0.5, "norm": None, "tokens": 7.0}
+    assert rows == [first, {"step": 2, "loss": 0.25}]
     assert json.loads((tmp_path / "config.json").read_text())["words"] == ["a", "b"]
 
 
 def test_the_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_folder, "barrier", lambda rt: None)
-    run = run_folder.RunFolder(Config(out=str(tmp_path / "run")), runtime.Runtime(rank=1, world_size=2))
-    run.log(1, {"loss": 1.0})
-    run.dump([{"step": 1}])
+    run = run_folder.RunFolder(
+        Config(out=str(tmp_path / "run")), runtime.Runtime(rank=1, world_size=2)
+    )
+    run.log(1, {"loss": 1.0}, "x")
+    run.dump(1, [{}])
     run.draw()
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
@@ -541,13 +657,31 @@ def test_curves(tmp_path, monkeypatch):
     import matplotlib.image
 
     drawn = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig",
-                        lambda figure, *a, f=matplotlib.figure.Figure.savefig, **k: (drawn.append(figure), f(figure, *a, **k)))
-    run = run_folder.RunFolder(Config(out=str(tmp_path)), ALONE, ["loss", "the terms: part/*", "absent"])
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda figure, *a, f=matplotlib.figure.Figure.savefig, **k: (
+            drawn.append(figure),
+            f(figure, *a, **k),
+        ),
+    )
+    run = run_folder.RunFolder(
+        Config(out=str(tmp_path)),
+        ALONE,
+        {"loss": ["loss"], "the terms": ["part/*"], "absent": ["absent"]},
+    )
     for step in range(1, 41):
-        run.log(step, {"loss": 1 / step, "part/a": float("nan") if step % 2 else step, **({"part/b": 3} if step == 7 else {})}, "")
+        run.log(
+            step,
+            {
+                "loss": 1 / step,
+                "part/a": float("nan") if step % 2 else step,
+                **({"part/b": 3} if step == 7 else {}),
+            },
+            "",
+        )
     assert not drawn
-    run._drawn -= 21
+    run._drawn -= 61
     run.log(41, {"loss": 0.01}, "")
     assert len(drawn) == 1
     loss, terms = drawn[0].axes
@@ -555,22 +689,34 @@ def test_curves(tmp_path, monkeypatch):
     assert [text.get_text() for text in terms.get_legend().get_texts()] == ["part/a", "part/b"]
     assert loss.lines[0].get_ydata()[0] == 1.0 and len(terms.lines[0].get_xdata()) == 20
     image = matplotlib.image.imread(tmp_path / "curves.png")
-    assert image.shape[0] > 200 and image.shape[1] > 600 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
+    assert (
+        image.shape[0] > 200
+        and image.shape[1] > 600
+        and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
+    )
     assert np.allclose(run_folder.smooth(np.full(100, 2.0)), 2.0)
     assert np.allclose(run_folder.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
 
 
 def test_trackers_are_imported_only_when_asked(tmp_path, monkeypatch):
     sent = []
-    fake = types.SimpleNamespace(init=lambda **options: types.SimpleNamespace(log=lambda values, step: sent.append((step, values))))
+    fake = types.SimpleNamespace(
+        init=lambda **options: types.SimpleNamespace(
+            log=lambda values, step: sent.append((step, values))
+        )
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run_folder.RunFolder(Config(out=str(tmp_path / "a")), ALONE).log(1, {"loss": 2.0}, "")
     assert not sent
-    run_folder.RunFolder(Config(out=str(tmp_path / "b")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
+    run_folder.RunFolder(Config(out=str(tmp_path / "b")), ALONE, tracker="wandb").log(
+        1, {"loss": 2.0}, ""
+    )
     assert sent == [(1, {"loss": 2.0})]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="pip install wandb"):
-        run_folder.RunFolder(Config(out=str(tmp_path / "c")), ALONE, tracker="wandb").log(1, {"loss": 2.0}, "")
+        run_folder.RunFolder(Config(out=str(tmp_path / "c")), ALONE, tracker="wandb").log(
+            1, {"loss": 2.0}, ""
+        )
 
 
 LEAVE = """
@@ -588,8 +734,22 @@ print("left")
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_process_that_has_left_ends_at_once_but_not_before_others_last_words(tmp_path, fails):
     (tmp_path / "leave.py").write_text(LEAVE)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "leave.py"),
-                           *["fail"] * fails], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "leave.py"),
+            *["fail"] * fails,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert (done.returncode != 0) == fails and done.stdout.count("left") == 2 * (not fails)
     assert fails or "last words of 0" in done.stdout and "last words of 1" in done.stdout
 

@@ -3,6 +3,7 @@ and how many collectives it took part in to OUT/rank-N-ended.json.
 
     torchrun --nproc-per-node 2 tests/two_ranks.py '[["train_sft", ["--model", ..]], ["train_grpo", [..]]]'
 """
+
 import hashlib
 import importlib
 import json
@@ -22,6 +23,7 @@ def main() -> None:
         def call(*args, **options):
             calls[name] += 1
             return function(*args, **options)
+
         return call
 
     for name in calls:
@@ -32,11 +34,13 @@ def main() -> None:
         digest = hashlib.sha256()
         for p in model.parameters():
             digest.update(p.detach().numpy().tobytes())
-        (run.out / f"rank-{run.rt.rank}-ended.json").write_text(json.dumps({"weights": digest.hexdigest(), "calls": calls}))
+        (run.out / f"rank-{run.rt.rank}-ended.json").write_text(
+            json.dumps({"weights": digest.hexdigest(), "calls": calls})
+        )
         finish(run, model, processor)
 
     run_folder.RunFolder.finish = note_and_finish
-    runtime.teardown = lambda rt: None                           # one group of processes serves all runs
+    runtime.teardown = lambda rt: None  # one group of processes serves all runs
     for script, arguments in json.loads(sys.argv[1]):
         calls.update(dict.fromkeys(calls, 0))
         importlib.import_module(script).main(arguments)
