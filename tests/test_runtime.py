@@ -1,6 +1,8 @@
-"""Runs that are stopped, killed, shared out and resumed: the same weights, bit for bit, and nothing half-written.
+"""Runs that are stopped, killed, shared out and resumed: the same weights, bit for bit, and nothing
+half-written.
 
-This file is also the small training script that the tests start: `torchrun tests/test_runtime.py --out FOLDER`.
+This file is also the small training script that the tests start:
+`torchrun tests/test_runtime.py --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALONE = runtime.Runtime()
 
 
-# ------------------------------------------------------------------------------------------- the smallest training script
+# ---------------------------------------------------------------- the smallest training script
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Config:
 
 
 class Net(nn.Module):
-    """Three parameters (one frozen, one that never has a gradient) and dropout, saved as models of transformers are."""
+    """Three parameters (one frozen, one that never has a gradient) and dropout, saved as models of
+    transformers are."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +112,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, optimizer, random states, metrics and rollouts of two finished runs are equal, bit for bit."""
+    """Weights, optimizer, random states, metrics and rollouts of two finished runs are equal, bit
+    for bit."""
     assert {k: v.tolist() for k, v in weights(a).items()} == {
         k: v.tolist() for k, v in weights(b).items()
     }
@@ -131,7 +135,7 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- resuming
+# ---------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("steps", [2, 3, 6])
@@ -184,7 +188,8 @@ def test_only_the_newest_checkpoints_stay_and_each_is_a_model_folder(whole):
 
 
 def test_dying_at_any_file_operation_leaves_a_resumable_folder(tmp_path, monkeypatch):
-    """At each rename, deletion and tensor file of a run in turn; resumed, it ends as a run that did not die."""
+    """At each rename, deletion and tensor file of a run in turn; resumed, it ends as a run that did
+    not die."""
     whole = tmp_path / "whole"
     train(Config(out=str(whole), steps=4, save_every=1), ALONE)
 
@@ -223,7 +228,8 @@ def test_dying_at_any_file_operation_leaves_a_resumable_folder(tmp_path, monkeyp
 
 
 def test_nothing_to_resume(tmp_path, whole, capsys):
-    """--resume in an empty place, or in a folder killed before its first checkpoint, starts afresh and says so."""
+    """--resume in an empty place, or in a folder killed before its first checkpoint, starts afresh
+    and says so."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n')
@@ -308,7 +314,8 @@ def test_random_states_make_the_round_trip():
 
 
 def test_a_real_model_comes_back_bit_for_bit(checkpoint, processor, tmp_path):
-    """Qwen2.5-VL, whose names on disk differ from its state dict's and whose embeddings are tied; frozen vision in bf16."""
+    """Qwen2.5-VL, whose names on disk differ from its state dict's and whose embeddings are tied;
+    frozen vision in bf16."""
     from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
     model = Qwen.from_pretrained(checkpoint)
@@ -340,7 +347,7 @@ def test_nothing_is_pickled():
     assert not re.search(r"torch\.(load|save)\b|import pickle|\beval\(|_object\(", source)
 
 
-# ------------------------------------------------------------------------------------------------- killing and stopping
+# ---------------------------------------------------------------- killing and stopping
 
 
 def start(*command: str, out: Path, **environment: str) -> subprocess.Popen:
@@ -376,7 +383,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
 def test_killed_without_warning(whole, tmp_path):
-    """SIGKILL torchrun between two steps: its worker dies too, and the resumed run ends with the same weights."""
+    """SIGKILL torchrun between two steps: its worker dies too, and the resumed run ends with the
+    same weights."""
     out = tmp_path / "run"
     process = start(*TORCHRUN, out=out)
     read_until(process, "step     3")
@@ -391,7 +399,7 @@ def test_killed_without_warning(whole, tmp_path):
 
 
 def test_stopped_in_peace(whole, tmp_path):
-    """Ctrl-C: the step ends, is saved, the way on is named, status 130; resumed, the same weights."""
+    """Ctrl-C: the step ends, is saved, the way on is named, status 130; resumed: equal weights."""
     out = tmp_path / "run"
     process = start(out=out)
     read_until(process, "step     3")
@@ -430,7 +438,7 @@ def test_the_second_interrupt_kills_unless_it_is_the_echo_of_the_first(monkeypat
     assert capfd.readouterr().err.count("ending this step") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- two processes
+# ---------------------------------------------------------------- two processes
 
 
 def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
@@ -546,7 +554,7 @@ def test_setup_under_plain_python(monkeypatch):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------- the small parts
+# ---------------------------------------------------------------- the small parts
 
 
 def test_optimizer_groups():
@@ -652,7 +660,8 @@ def test_the_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_curves(tmp_path, monkeypatch):
-    """curves.png is drawn as the run goes, one axes a panel, with gaps and missing metrics; the picture is not blank."""
+    """curves.png is drawn as the run goes, one axes a panel, with gaps and missing metrics; the
+    picture is not blank."""
     import matplotlib.figure
     import matplotlib.image
 

@@ -1,8 +1,8 @@
-"""Sharded over two processes, the scripts do what they do in one: the same step, the same samples, the same files, and a run goes on
-with another number of processes.
+"""Sharded over two processes, the scripts do what they do in one: the same step, the same samples,
+the same files, and a run goes on with another number of processes.
 
-torchrun starts this file twice (gloo): everything that needs two processes happens in one run, `main` below, whose results the
-tests read.
+torchrun starts this file twice (gloo): everything that needs two processes happens in one run,
+`main` below, whose results the tests read.
 """
 
 from __future__ import annotations
@@ -22,18 +22,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers.modeling_utils
+from conftest import random_model
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-from conftest import random_model
 from rr1 import data, records, rollout, run_folder, runtime, shard, vlm
 
-SFT = "--steps 3 --batch 4 --micro-batch 1 --lr 1e-3 --warmup 1 --save-every 1 --gradient-checkpointing"
-GRPO = "--steps 1 --prompts 4 --group-size 4 --max-new-tokens 12 --micro-batch 1 --lr 1e-3 --warmup 1 --mu 2"
+ROOT = Path(__file__).resolve().parent.parent
+PATH = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+SFT = (
+    "--steps 3 --batch 4 --micro-batch 1 --lr 1e-3 --warmup 1 --save-every 1 "
+    "--gradient-checkpointing"
+)
+GRPO = (
+    "--steps 1 --prompts 4 --group-size 4 --max-new-tokens 12 --micro-batch 1 --lr 1e-3 "
+    "--warmup 1 --mu 2"
+)
 JOBS = {
     "sft": SFT,
     "sft-other": SFT + " --seed 1",
@@ -261,7 +267,7 @@ def folder(inputs, tmp_path_factory) -> Path:
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"} | PATH,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
     return folder
@@ -313,7 +319,7 @@ def rows(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_sharded_step_is_the_step_of_one_process(folder, alone, inputs, name):
-    """SFT with gradient checkpointing, GRPO with two updates a rollout: weights and every metric."""
+    """SFT with gradient checkpointing, GRPO with two updates a rollout: weights and all metrics."""
     assert_close(
         folder / name / "model",
         alone(name) / "model",
@@ -347,7 +353,8 @@ def test_each_process_keeps_its_half(ranks):
 
 
 def test_only_rank_0_reads_the_weights_and_all_get_them(ranks):
-    """Bit for bit, with the buffers that are in no file (rotary frequencies) and the tied projection."""
+    """Bit for bit, with the buffers that are in no file (rotary frequencies) and the tied
+    projection."""
     for rank, said in enumerate(ranks):
         assert all(said[name]["came on"] == [("cpu", "meta")[rank]] for name in JOBS)
         assert (
@@ -374,7 +381,8 @@ def test_collectives_do_not_depend_on_the_data(ranks):
 
 
 def test_gathered_samples_are_the_same_tokens(ranks):
-    """However many tokens a rank writes, each layer is gathered once, and the outer piece once; after it all is in shards again."""
+    """However many tokens a rank writes, each layer is gathered once, and the outer piece once;
+    after it all is in shards again."""
     for said in ranks:
         (a, b), counts = said["compare"]["samples"], said["compare"]["collectives"]
         assert [ids for ids, _ in a] == [ids for ids, _ in b]
@@ -426,7 +434,8 @@ def test_the_model_that_is_written_is_an_ordinary_checkpoint(folder, alone):
 def test_stopped_on_two_processes_it_goes_on_on_two_and_then_on_one(
     folder, alone, checkpoint, capsys
 ):
-    """On as many, bit for bit; on another number within rounding, since nothing random decides what these scripts learn."""
+    """On as many, bit for bit; on another number within rounding, since nothing random decides what
+    these scripts learn."""
     stopped, whole = folder / "sft-stopped", folder / "sft"
     a, b = (run / "checkpoints" / "step-000002" for run in (stopped, whole))
     for file in ("optimizer.safetensors", "model/model.safetensors"):
@@ -478,7 +487,8 @@ REAL = ROOT.parent / "shared" / "qwen2.5-vl-3b"
 
 
 def write_real(folder: Path, layers: int | None, shard_size: str) -> str:
-    """The 3B configuration, with `layers` layers in each tower or all of them, random weights in bfloat16, the real tokenizer."""
+    """The 3B configuration, with `layers` layers in each tower or all of them, random weights in
+    bfloat16, the real tokenizer."""
     from transformers import (
         AutoImageProcessor,
         AutoTokenizer,
@@ -521,8 +531,9 @@ def real_checkpoint(tmp_path_factory) -> str:
     not REAL.exists(), reason="the real model's configuration is not beside the repository"
 )
 def test_the_real_configuration(real_checkpoint, world_folder, tmp_path):
-    """SFT, stopped and gone on with on the other number of processes, and GRPO, on one process and on two: the same losses, and a
-    model that plain transformers loads. Needs about 20 GB of memory, 25 GB of disk and some minutes."""
+    """SFT, stopped and gone on with on the other number of processes, and GRPO, on one process and
+    on two: the same losses, and a model that plain transformers loads. Needs about 20 GB of memory,
+    25 GB of disk and some minutes."""
     from transformers import AutoModelForImageTextToText
 
     def script(n: int, name: str, out: Path, flags: str) -> None:
@@ -568,7 +579,8 @@ def test_the_real_configuration(real_checkpoint, world_folder, tmp_path):
             n,
             "grpo",
             rl,
-            f"--steps 1 --prompts 2 --group-size 2 --max-new-tokens 4 --lr 1e-5 --rewards {tmp_path}/mine.py:letters",
+            "--steps 1 --prompts 2 --group-size 2 --max-new-tokens 4 --lr 1e-5 "
+            f"--rewards {tmp_path}/mine.py:letters",
         )
         found[n] = rows(sft) + rows(rl)
         model = AutoModelForImageTextToText.from_pretrained(rl / "model")
@@ -591,8 +603,9 @@ def test_the_real_configuration(real_checkpoint, world_folder, tmp_path):
     not REAL.exists(), reason="the real model's configuration is not beside the repository"
 )
 def test_the_whole_real_model(tmp_path, world_folder):
-    """All 3.75 B parameters in bfloat16, from a folder of several files: one forward pass and a rollout of 8 tokens, whose
-    log-probabilities the scoring path confirms. Needs about 16 GB of memory, 8 GB of disk and some minutes."""
+    """All 3.75 B parameters in bfloat16, from a folder of several files: one forward pass and a
+    rollout of 8 tokens, whose log-probabilities the scoring path confirms. Needs about 16 GB of
+    memory, 8 GB of disk and some minutes."""
     model, processor = vlm.load(write_real(tmp_path / "model", None, "2GB"), dtype=torch.bfloat16)
     assert (
         len(list((tmp_path / "model").glob("*.safetensors"))) > 2

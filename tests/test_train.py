@@ -1,7 +1,8 @@
-"""The two training scripts, a few steps of each on a small random model: what they leave, what their flags change, how they stop
-and go on, and that several processes do what one does."""
+"""The two training scripts, a few steps of each on a small random model: what they leave, what
+their flags change, how they stop and go on, and that several processes do what one does."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,13 +20,14 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import train_grpo
 import train_sft
-from rr1 import data, records, rollout, run_folder, runtime, tiny, vlm
+from rr1 import data, records, rollout, run_folder, tiny, vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": train_sft, "grpo": train_grpo}
 SMALL = {
     "sft": "--steps 2 --batch 6 --micro-batch 6 --lr 1e-3 --warmup 1",
-    "grpo": "--steps 2 --prompts 3 --group-size 4 --max-new-tokens 12 --micro-batch 3 --lr 1e-3 --warmup 1",
+    "grpo": "--steps 2 --prompts 3 --group-size 4 --max-new-tokens 12 --micro-batch 3 --lr 1e-3 "
+    "--warmup 1",
 }
 CLOCKS = {"seconds", "tokens_per_second", "seconds/rollout", "seconds/score", "seconds/update"}
 both = pytest.mark.parametrize("script", SCRIPTS)
@@ -254,7 +256,8 @@ def hardly_moved(lab, base, run):
 
 
 def has(**expected):
-    """A check that metrics of the last row are as expected: numbers, or functions of (the base run's last row, this one's)."""
+    """A check that metrics of the last row are as expected: numbers, or functions of (the base
+    run's last row, this one's)."""
 
     def check(lab, base, run):
         changed(lab, base, run)
@@ -281,7 +284,8 @@ def two_checkpoints(lab, base, run):
 
 
 def saves_pixels(least, most):
-    """A check that the pictures have other sizes, and that every checkpoint says so: an evaluation afterwards will use the same."""
+    """A check that the pictures have other sizes, and that every checkpoint says so: an evaluation
+    afterwards will use the same."""
 
     def check(lab, base, run):
         changed(lab, base, run)
@@ -429,7 +433,8 @@ def test_images_may_lie_elsewhere_and_the_drawn_world_is_the_default(
 
 @both
 def test_bad_records_stop_a_run_or_are_left_out(lab, no_plots, script, tmp_path, capsys):
-    """A broken line, a truncated picture and one too narrow for the model; a resumed run goes by the list that was written."""
+    """A broken line, a truncated picture and one too narrow for the model; a resumed run goes by
+    the list that was written."""
     text = (lab.world / "train.jsonl").read_text().splitlines()
     for name in ("images", "clean"):
         shutil.copytree(lab.world / name, tmp_path / name)
@@ -483,7 +488,8 @@ def test_a_tracker_gets_every_row_and_one_that_is_missing_is_named(
 def test_a_reward_of_ones_own(lab, no_plots, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def brevity(response, record):\n"
-        "    assert {'chain', 'answer', 'question', 'image', 'length', 'choices'} <= record.keys()\n"
+        "    names = {'chain', 'answer', 'question', 'image', 'length', 'choices'}\n"
+        "    assert names <= record.keys()\n"
         "    return -response.length / 100\n"
     )
     name = f"{tmp_path}/mine.py:brevity"
@@ -539,7 +545,7 @@ def log_and_die(run, step, *rest):
 run_folder.RunFolder.log = log_and_die
 for name, arguments in json.loads(sys.argv[1]).items():
     script = importlib.import_module(f"train_{name}")
-    child = os.fork()                  # nothing has been computed so far, and importing torch once is enough
+    child = os.fork()  # nothing has been computed so far; importing torch once is enough
     if not child:
         script.main(arguments)
     print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -548,7 +554,8 @@ for name, arguments in json.loads(sys.argv[1]).items():
 
 @pytest.fixture(scope="module")
 def killed(lab) -> dict[str, Run]:
-    """A run of each script, in a process of its own that got SIGKILL after step 3 was logged and before it was saved."""
+    """A run of each script, in a process of its own that got SIGKILL after step 3 was logged and
+    before it was saved."""
     runs = {script: Run(lab.folder / f"killed-{script}") for script in SCRIPTS}
     arguments = {script: lab.arguments(script, LONGER, run.out) for script, run in runs.items()}
     done = subprocess.run(
@@ -619,7 +626,8 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(
 
 
 def test_two_processes_do_what_one_does(lab, no_plots):
-    """gloo; the same weights on both ranks, those of one process on the joint batch, and as many collectives for other data."""
+    """gloo; the same weights on both ranks, those of one process on the joint batch, and as many
+    collectives for other data."""
     jobs = [
         ("sft", ""),
         ("grpo", "--prompts 4 --micro-batch 1"),
@@ -641,6 +649,7 @@ def test_two_processes_do_what_one_does(lab, no_plots):
             "tests/two_ranks.py",
             json.dumps(arguments),
         ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,

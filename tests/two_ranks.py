@@ -1,18 +1,16 @@
-"""Started by torchrun from test_train.py: several training runs one after the other. Each rank writes what it ended with
-and how many collectives it took part in to OUT/rank-N-ended.json.
+"""Started by torchrun from test_train.py: several training runs one after the other. Each rank
+writes what it ended with and how many collectives it took part in to OUT/rank-N-ended.json.
 
-    torchrun --nproc-per-node 2 tests/two_ranks.py '[["train_sft", ["--model", ..]], ["train_grpo", [..]]]'
+    torchrun --nproc-per-node 2 tests/two_ranks.py '[["train_sft", ["--model", ..]], ..]'
 """
 
 import hashlib
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rr1 import run_folder, runtime
 
 
