@@ -1,4 +1,4 @@
-"""Eq. 13: the sixteen degradations of Robust-R1, in one file on numpy and OpenCV alone; copy it anywhere.
+"""Eq. 13: the sixteen degradations of Robust-R1, on numpy and OpenCV alone; copy it anywhere.
 
     X_d = D(X; {(tau_i, s_i)}),   s_i ~ U[0, 1]          tau: type, s: intensity
 
@@ -10,29 +10,29 @@ In Python:
 From the shell:
 
     python degrade.py photo.jpg --type "lens blur" 0.4 --type noise 0.2 --out damaged.png
-    python degrade.py photos/ --out damaged/                  # folders 25, 50, 100 and labels.jsonl; run again to go on
-    python degrade.py --gallery photo.jpg                     # all sixteen at five levels on one sheet
+    python degrade.py photos/ --out damaged/     # folders 25, 50, 100 and labels.jsonl
+    python degrade.py --gallery photo.jpg        # all sixteen at five levels on one sheet
     python degrade.py --list
 
-An image is an RGB uint8 array (H, W, 3), in and out. For every op: s = 0 returns the image bit for bit; the mean
-difference from the clean image grows with s; lengths are shares of the short side, so that a photo looks equally
-damaged at any size (noise and compression live at the pixel and are the exceptions); one seed fixes everything and no
-global random state is read or written. Random quantities (places, angles, fields) do not depend on s: raising s at the
-same seed deepens the same damage. Where the length or amount grows as a power of s, it is so that s = 0.1 can be seen.
+An image is an RGB uint8 array (H, W, 3), in and out. For every op: s = 0 returns the image bit for
+bit; the mean difference from the clean image grows with s; lengths are shares of the short side, so
+that a photo looks equally damaged at any size (noise and compression live at the pixel and are the
+exceptions); one seed fixes everything and no global random state is read or written. Random
+quantities (places, angles, fields) do not depend on s: raising s at the same seed deepens the same
+damage. Where the length or amount grows as a power of s, it is so that s = 0.1 can be seen.
 """
-
-from __future__ import annotations
 
 import argparse
 import difflib
 import functools
 import json
 import math
+import numbers
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -41,6 +41,39 @@ import cv2
 import numpy as np
 
 BORDER = cv2.BORDER_REFLECT  # unlike REFLECT_101 it is defined for a side of one pixel
+LARGEST = 32766  # pixels a side: OpenCV keeps places in 16 bits
+NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
+# (11, 11): where a kernel's weights lie round its centre, as complex numbers x + i y.
+PLACES = np.arange(-5, 6) + 1j * np.arange(-5, 6)[:, None]
+
+STAGES = {  # in the order in which they are applied
+    "acquisition": (
+        "lens blur",
+        "lens flare",
+        "motion blur",
+        "dirty lens",
+        "saturation",
+    ),
+    "transmission": (
+        "compression",
+        "block change",
+        "shifting",
+        "scan lines",
+    ),
+    "environment": (
+        "darkness",
+        "atmospheric turbulence",
+        "noise",
+        "color diffusion",
+    ),
+    "postprocessing": (
+        "sharpness change",
+        "graffiti",
+        "watermark damage",
+    ),
+}
+# The paper's name -> op(image, s, rng) -> image. The ops below enter themselves, in that order.
+DEGRADATIONS = {}
 
 
 class Degradation(NamedTuple):
@@ -53,416 +86,506 @@ class Degradation(NamedTuple):
 # ---------------------------------------------------------------- helpers
 
 
-def _checked(op: Callable) -> Callable:
-    """Check the arguments of an op and make s = 0 the exact identity."""
+def _op(function):
+    """Enter an op under its name, check its arguments, and make s = 0 the exact identity."""
+    name = function.__name__.replace("_", " ")
 
-    @functools.wraps(op)
-    def apply(image: np.ndarray, s: float, rng: np.random.Generator) -> np.ndarray:
+    @functools.wraps(function)
+    def checked(image, s, rng):
         _check_image(image)
-        _check_intensity(op.__name__, s)
-        return image.copy() if s == 0 else op(np.ascontiguousarray(image), float(s), rng)
+        _check_intensity(name, s)
+        if s == 0:
+            return image.copy()
+        return function(np.ascontiguousarray(image), float(s), rng)
 
-    return apply
-
-
-def _check_image(image) -> None:
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"image is a {type(image).__name__}; expected a uint8 RGB array of shape (H, W, 3)")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image has dtype {image.dtype} and shape {image.shape}; expected uint8 RGB, (H, W, 3)")
+    DEGRADATIONS[name] = checked
+    return checked
 
 
-def _check_intensity(name: str, s) -> None:
-    try:
-        inside = 0 <= s <= 1  # NaN is not
-    except (TypeError, ValueError):
-        inside = False
-    if not inside:
+def _check_image(image):
+    dtype = getattr(image, "dtype", type(image).__name__)
+    shape = getattr(image, "shape", ())
+    is_rgb = shape[2:] == (3,) and 0 not in shape and max(shape) <= LARGEST
+    if dtype != np.uint8 or not is_rgb:
+        expected = f"expected uint8 RGB, (H, W, 3), with sides of 1 to {LARGEST}"
+        raise ValueError(f"image is {dtype} {shape}; {expected}")
+
+
+def _check_intensity(name, s):
+    if not isinstance(s, numbers.Real) or not 0 <= s <= 1:  # NaN is not
         raise ValueError(f"intensity of {name!r} is {s!r}; expected a number in [0, 1]")
 
 
-def _small(image: np.ndarray, side: float) -> tuple[int, int]:
+def _small_size(image, side):
     """(width, height) of the image shrunk to a short side of `side` pixels; never enlarged."""
     h, w = image.shape[:2]
     scale = min(1.0, side / min(h, w))
     return max(1, round(w * scale)), max(1, round(h * scale))
 
 
-def _smooth_field(shape: tuple[int, ...], cells: int, rng: np.random.Generator, channels: int) -> np.ndarray:
-    """Smooth noise of unit variance at its knots, `cells` knots along the short side; (H, W, channels) float32."""
-    h, w = shape[:2]
-    knots = math.ceil(cells * max(h, w) / min(h, w)) + 1
-    field = rng.standard_normal((knots, cells + 1, channels), dtype=np.float32)  # long side first: more only appends
-    field = field if h > w else field.transpose(1, 0, 2)
-    return cv2.resize(np.ascontiguousarray(field), (w, h), interpolation=cv2.INTER_CUBIC).reshape(h, w, channels)
+def _shrink(image, side):
+    return cv2.resize(image, _small_size(image, side), interpolation=cv2.INTER_AREA)
 
 
-def _gaussian_noise(shape: tuple[int, ...], rng: np.random.Generator, sigma: float, dtype: type) -> np.ndarray:
-    """Gaussian noise from random bytes and the 256 quantiles of the normal law: several times numpy's speed."""
-    quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)]) * sigma
-    quantiles = np.rint(quantiles) if dtype is np.int16 else quantiles
-    return cv2.LUT(np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape), quantiles.astype(dtype))
+def _convolve(image, kernel):
+    """With an 11x11 kernel, whose weights become whole numbers over an odd sum.
+
+    So no result lies half-way between two grey levels, and every processor rounds alike.
+    """
+    kernel = np.rint(1000 * kernel / kernel.sum())
+    kernel[5, 5] += (kernel.sum() + 1) % 2
+    return cv2.filter2D(image, -1, kernel / kernel.sum(), borderType=BORDER)
+
+
+def _smooth_field(h, w, cells, channels, rng):
+    """(h, w, channels) float32: smooth noise, of unit variance at its knots.
+
+    `cells` knots along the short side, one a pixel at most.
+    """
+    cells = min(cells, h, w)
+    long_side = math.ceil(cells * max(h, w) / min(h, w)) + 1
+    # The long side is drawn first, so that a longer picture only appends knots.
+    field = rng.standard_normal((long_side, cells + 1, channels), dtype=np.float32)
+    if h <= w:
+        field = field.transpose(1, 0, 2)
+    # With 64 bits, so that every processor gives the same 32.
+    field = cv2.resize(np.float64(field), (w, h), interpolation=cv2.INTER_CUBIC)
+    return np.float32(field).reshape(h, w, channels)
+
+
+def _cover(image, kept, added):
+    """image * kept / 255 + added; kept and added are first enlarged to the image's size."""
+    size = image.shape[1::-1]
+    kept, added = cv2.resize(kept, size), cv2.resize(added, size)
+    return cv2.add(cv2.multiply(image, kept, scale=1 / 255), added)
+
+
+def _random_bytes(shape, rng):
+    """Uniform bytes; a table of NORMAL_QUANTILES makes them Gaussian, far faster than numpy."""
+    return np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape)
 
 
 # ---------------------------------------------------------------- acquisition
 
 
-@_checked
+@_op
 def lens_blur(image, s, rng):
     """Defocus: every point becomes a disk. s: its radius, 3 % of the short side at 1, as s^0.7."""
     h, w = image.shape[:2]
     radius = 0.03 * s**0.7 * min(h, w)
-    shrink = max(1.0, radius / 4)  # a wide disk is applied to a smaller picture: same result, far fewer products
-    small = cv2.resize(image, _small(image, min(h, w) / shrink), interpolation=cv2.INTER_AREA)
-    y, x = np.mgrid[-5:6, -5:6]
-    disk = np.clip(radius / shrink + 1 - np.hypot(x, y), 0, 1)  # one pixel of soft edge: radius 0 is the identity
-    small = cv2.filter2D(small, -1, disk / disk.sum(), borderType=BORDER)
-    return cv2.resize(small, (w, h), interpolation=cv2.INTER_LINEAR)
+    # A wide disk is applied to a smaller picture: the same result for far fewer products.
+    shrink = max(1.0, radius / 4)
+    small = _shrink(image, min(h, w) / shrink)
+    # One pixel of soft edge, so that a disk of radius 0 is the identity.
+    disk = np.clip(radius / shrink + 1 - np.abs(PLACES), 0, 1)
+    return cv2.resize(_convolve(small, disk), (w, h))
 
 
-@_checked
+@_op
 def lens_flare(image, s, rng):
-    """A light shining into the lens: glow and veil round it, rays, and coloured ghosts mirrored through the centre,
-    all added as light (screen blend). s: the strength of that light."""
-    h, w = image.shape[:2]
-    cols, rows = _small(image, 100)
+    """A light shining into the lens: glow, veil and rays, and ghosts mirrored through the centre.
+
+    All added as light (screen blend). s: the strength of that light.
+    """
+    cols, rows = _small_size(image, 100)
     side = min(cols, rows)
-    y, x = (np.arange(rows, dtype=np.float32)[:, None] / side, np.arange(cols, dtype=np.float32) / side)
-    angle, turn = rng.uniform(0, 2 * math.pi, 2).tolist()
-    middle = cols / side / 2, rows / side / 2
-    source = middle[0] * (1 + 0.75 * math.cos(angle)), middle[1] * (1 + 0.75 * math.sin(angle))
-    distance, direction = cv2.cartToPolar(*np.broadcast_arrays(x - source[0], y - source[1]))
-    rays = np.cos(3 * (direction + turn)) ** 2
-    rays = rays * rays * rays * rays
+    # Places are complex numbers, from the centre, in short sides.
+    y, x = np.mgrid[:rows, :cols]
+    place = (x - cols / 2 + 1j * (y - rows / 2)) / side  # (rows, cols)
+    angle, turn = rng.uniform(0, 2 * math.pi, 2)
+    source = 0.375 * (cols * math.cos(angle) + 1j * rows * math.sin(angle)) / side
+    distance = np.abs(place - source)
+    rays = np.cos(3 * (np.angle(place - source) + turn)) ** 24 * np.exp(-distance / 0.2)
     glow = 6 * np.exp(-((distance / 0.07) ** 2)) + 0.4 * np.exp(-distance / 0.35) + 0.14
-    glow += rays * rays * rays * np.exp(-distance / 0.2)
-    light = glow[..., None] * np.array([1, 0.93, 0.8], np.float32)
-    for place, size, *colour in rng.random((7, 5)).tolist():
-        place, size = 0.3 + 1.9 * place, 0.03 + 0.1 * size
-        at = [a + place * (m - a) for a, m in zip(source, middle)]
-        left, top = (max(0, math.floor((a - size) * side)) for a in at)
-        right, bottom = (max(0, math.ceil((a + size) * side)) for a in at)
-        r = np.hypot(x[left:right] - at[0], y[top:bottom] - at[1]) / size
-        ghost = np.clip((1 - r) * 12, 0, 1) * (0.4 + 0.6 * np.minimum(r, 1) ** 3)
-        light[top:bottom, left:right] += ghost[..., None] * (0.03 + 0.22 * np.array(colour, np.float32))
-    kept = cv2.resize(np.exp(-s * light), (w, h), interpolation=cv2.INTER_LINEAR)
-    return cv2.bitwise_not(cv2.multiply(cv2.bitwise_not(image), kept, dtype=cv2.CV_8U))
+    light = (glow + rays)[..., None] * [1, 0.93, 0.8]  # (rows, cols, 3)
+    for along, size, *colour in rng.random((7, 5)):
+        centre = (0.7 - 1.9 * along) * source
+        r = np.minimum(np.abs(place - centre) / (0.03 + 0.1 * size), 1)
+        ghost = np.minimum((1 - r) * 12, 1) * (0.4 + 0.6 * r**3)
+        light += ghost[..., None] * (0.03 + 0.22 * np.array(colour))
+    kept = cv2.convertScaleAbs(np.exp(-s * light), alpha=255)
+    return _cover(image, kept, cv2.bitwise_not(kept))
 
 
-@_checked
+@_op
 def motion_blur(image, s, rng):
-    """The camera moves in a straight line during the exposure. s: the path's length, 8 % of the short side at 1, as
-    s^0.7; the direction is random."""
+    """The camera moves in a straight line during the exposure, in a random direction.
+
+    s: the path's length, 8 % of the short side at 1, as s^0.7.
+    """
     h, w = image.shape[:2]
     length = 0.08 * s**0.7 * min(h, w)
-    angle = rng.uniform(0, math.pi)
-    dx, dy = math.cos(angle), math.sin(angle)
-    doublings = max(0, math.ceil(math.log2(length / 10)))  # a long line is two shifted copies of one half as long
+    direction = np.exp(1j * rng.uniform(0, math.pi))
+    # A long line is two shifted copies of one half as long.
+    doublings = max(0, math.ceil(math.log2(length / 10)))
     step = (length + 1) / 2**doublings  # a drawn line is one pixel longer than its path
-    y, x = np.mgrid[-5:6, -5:6]
-    along = np.clip(x * dx + y * dy, (1 - step) / 2, (step - 1) / 2)
-    line = np.clip(1 - np.hypot(x - along * dx, y - along * dy), 0, 1)
-    out = cv2.filter2D(image, -1, line / line.sum(), borderType=BORDER)
+    along = np.clip((PLACES / direction).real, (1 - step) / 2, (step - 1) / 2)
+    line = np.clip(1 - np.abs(PLACES - along * direction), 0, 1)
+    out = _convolve(image, line)
     for k in range(doublings):
-        far = step * 2**k / 2
-        moves = (np.array([[1, 0, d * dx], [0, 1, d * dy]]) for d in (far, -far))
-        ahead, behind = (cv2.warpAffine(out, move, (w, h), borderMode=BORDER) for move in moves)
+        far = step * 2**k / 2 * direction
+        far = np.rint([32 * far.real, 32 * far.imag]) / 32  # every processor moves alike
+        move = np.column_stack([np.eye(2), far])
+        ahead = cv2.warpAffine(out, move, (w, h), borderMode=BORDER)
+        behind = cv2.warpAffine(out, cv2.invertAffineTransform(move), (w, h), borderMode=BORDER)
         out = cv2.addWeighted(ahead, 0.5, behind, 0.5, 0)
     return out
 
 
-@_checked
+@_op
 def dirty_lens(image, s, rng):
-    """Dust, drops and smears on the front glass, far out of focus: they take light away and scatter a dim brownish veil
-    of the whole scene. s: how opaque the dirt is, as s^0.8."""
-    h, w = image.shape[:2]
-    cols, rows = _small(image, 120)
+    """Dust, drops and smears on the front glass, far out of focus.
+
+    They take light away and scatter a dim brownish veil of the whole scene. s: how opaque the dirt
+    is, as s^0.8.
+    """
+    cols, rows = _small_size(image, 120)
     side = min(cols, rows)
     dirt = np.zeros((rows, cols), np.uint8)
     for x, y, size, depth in rng.random((70, 4)).tolist():
-        at, radius = (int(x * cols * 16), int(y * rows * 16)), side * (0.012 + 0.08 * size**3)
-        cv2.circle(dirt, at, int(radius * 16), 120 + 130 * depth, -1, cv2.LINE_AA, 4)
+        centre = int(x * cols * 16), int(y * rows * 16)  # in sixteenths of a pixel: 4 bits
+        radius = int(side * (0.012 + 0.08 * size**3) * 16)
+        cv2.circle(dirt, centre, radius, 120 + 130 * depth, -1, cv2.LINE_AA, 4)
     dirt = cv2.GaussianBlur(dirt, (0, 0), 0.012 * side + 0.3, borderType=BORDER)
-    smear = np.clip(0.2 + 0.5 * _smooth_field((rows, cols), 4, rng, 1)[..., 0], 0, 0.6)
-    opacity = cv2.merge([s**0.8 * np.maximum(dirt * np.float32(1 / 255), smear)] * 3)
-    veil = cv2.resize(cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA), (cols, rows))
-    veil = veil * np.float32([0.36, 0.33, 0.29]) + np.float32([22, 20, 16])
-    kept, added = (cv2.resize(cv2.convertScaleAbs(a), (w, h)) for a in (255 - 255 * opacity, veil * opacity))
-    return cv2.add(cv2.multiply(image, kept, scale=1 / 255), added)
+    dirt = dirt[..., None] * np.float32(1 / 255)
+    smear = np.clip(0.2 + 0.5 * _smooth_field(rows, cols, 4, 1, rng), 0, 0.6)
+    opacity = np.repeat(s**0.8 * np.maximum(dirt, smear), 3, axis=2)  # (rows, cols, 3)
+    veil = cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA)
+    veil = cv2.resize(veil, (cols, rows)) * np.float32([0.36, 0.33, 0.29])
+    veil += np.float32([22, 20, 16])
+    kept = cv2.convertScaleAbs(255 - 255 * opacity)
+    return _cover(image, kept, cv2.convertScaleAbs(veil * opacity))
 
 
-@_checked
+@_op
 def saturation(image, s, rng):
-    """Colour is lost: every pixel moves towards its own luma. s: the share of the way, grey at 1."""
+    """Colour is lost: every pixel moves to its own luma. s: the share of the way, grey at 1."""
     luma = np.array([0.299, 0.587, 0.114])
-    return cv2.transform(image, (1 - s) * np.eye(3) + s * np.ones((3, 1)) * luma)
+    return cv2.transform(image, (1 - s) * np.eye(3) + s * luma)  # every row of the matrix + s luma
 
 
 # ---------------------------------------------------------------- transmission
 
 
-@_checked
+@_op
 def compression(image, s, rng):
-    """Block transform coding as in JPEG: in each 8x8 block of Y, Cr and Cb every cosine coefficient but the mean loses
-    up to a threshold that rises with frequency, so most become 0. s: the threshold, 60 grey levels at 1. (JPEG rounds
-    up or down, and its error does not grow steadily with coarser steps; this one's does.)"""
+    """Block transform coding as in JPEG, with 8x8 blocks of Y, Cr and Cb.
+
+    Every cosine coefficient but a block's mean loses up to a threshold that rises with frequency,
+    so that most become 0. s: the threshold, 60 grey levels at 1. (JPEG rounds up or down, and its
+    error does not grow steadily with coarser steps; this one's does.)
+    """
     h, w = image.shape[:2]
-    ycc = cv2.cvtColor(cv2.copyMakeBorder(image, 0, -h % 8, 0, -w % 8, BORDER), cv2.COLOR_RGB2YCrCb)
+    padded = cv2.copyMakeBorder(image, 0, -h % 8, 0, -w % 8, BORDER)
+    planes = cv2.split(cv2.cvtColor(padded, cv2.COLOR_RGB2YCrCb))
+    # (8, 8), orthonormal: row k is the cosine of frequency k.
+    dct = np.float32(cv2.dct(np.eye(8), flags=cv2.DCT_ROWS).T)
     k = np.arange(8)
-    dct = np.cos((2 * k + 1) * k[:, None] * np.pi / 16) * np.where(k, 0.5, 0.125**0.5)[:, None]
-    dct = dct.astype(np.float32)  # orthonormal: rows are the 8 cosines
     threshold = 60 * s**1.2 * (1 + 0.25 * (k[:, None] + k))
-    threshold[0, 0] = 0  # a block keeps its mean
+    threshold[0, 0] = 0
     coded = []
-    for plane, coarse in zip(cv2.split(ycc), (1, 1.5, 1.5)):
-        rows = (plane.reshape(-1, 8).astype(np.float32) @ dct.T).reshape(-1, 8, plane.shape[1])
-        blocks = (dct @ rows).reshape(-1, 8, plane.shape[1] // 8, 8)  # block row, v, block column, u
-        most = np.float32(coarse * threshold)[:, None]
+    for plane, coarseness in zip(planes, (1, 1.5, 1.5)):
+        height, width = plane.shape
+        rows = np.float32(plane.reshape(-1, 8)) @ dct.T
+        blocks = dct @ rows.reshape(-1, 8, width)
+        # Block row, frequency down, block column, frequency across.
+        blocks = blocks.reshape(-1, 8, width // 8, 8)
+        most = np.float32(coarseness * threshold)[:, None]
         blocks -= np.clip(blocks, -most, most)
-        rows = dct.T @ blocks.reshape(rows.shape)
-        coded.append(cv2.convertScaleAbs(cv2.max((rows.reshape(-1, 8) @ dct).reshape(plane.shape), 0)))
+        rows = dct.T @ blocks.reshape(-1, 8, width)
+        plane = (rows.reshape(-1, 8) @ dct).reshape(height, width)
+        coded.append(cv2.convertScaleAbs(cv2.max(plane, 0)))
     return cv2.cvtColor(cv2.merge(coded), cv2.COLOR_YCrCb2RGB)[:h, :w].copy()
 
 
-@_checked
+@_op
 def block_change(image, s, rng):
-    """Blocks arrive in the wrong place: pairs of blocks of 1/10 of the short side are exchanged.
-    s: the share of blocks, up to 64 %."""
+    """Blocks arrive in the wrong place: pairs of them, 1/10 of the short side, are exchanged.
+
+    s: the share of blocks, up to 64 %.
+    """
     h, w = image.shape[:2]
     side = max(1, round(min(h, w) / 10))
-    cols = w // side
-    blocks = rng.permutation(h // side * cols)
+    rows, cols = h // side, w // side
+    order = rng.permutation(rows * cols)
+    pairs = min(math.ceil(0.32 * s * len(order)), len(order) // 2)
+    here = order[: 2 * pairs]
+    there = here.reshape(pairs, 2)[:, ::-1].ravel()  # the other block of each pair
     out = image.copy()
-    for k in range(math.ceil(0.32 * s * len(blocks)) if len(blocks) > 1 else 0):
-        (ya, xa), (yb, xb) = (np.array(divmod(b, cols)) * side for b in blocks[2 * k : 2 * k + 2])
-        out[ya : ya + side, xa : xa + side] = image[yb : yb + side, xb : xb + side]
-        out[yb : yb + side, xb : xb + side] = image[ya : ya + side, xa : xa + side]
+
+    def blocks(of):
+        whole = of[: rows * side, : cols * side].reshape(rows, side, cols, side, 3)
+        return whole.swapaxes(1, 2)  # a view, (rows, cols, side, side, 3)
+
+    blocks(out)[here // cols, here % cols] = blocks(image)[there // cols, there % cols]
     return out
 
 
-@_checked
+@_op
 def shifting(image, s, rng):
-    """Lost line synchronisation: bands of rows slide sideways and wrap round. s: the share of bands that
-    slide, up to 68 %, and how far, up to 20 % of the short side."""
+    """Lost line synchronisation: bands of rows slide sideways and wrap round.
+
+    s: the share of 36 bands that have slid, up to 70 %, each by up to 20 % of the short side.
+    """
     h, w = image.shape[:2]
     bands = 36
-    edges = np.concatenate([[0], np.sort(rng.random(bands - 1)), [1]])
-    turn = rng.permutation(bands) / bands
-    reach = rng.uniform(0.4, 1, bands) * rng.choice([-1, 1], bands)
+    edges = np.sort(rng.random(bands + 1))
+    turn = rng.permutation(bands)
+    reach = np.ceil(0.2 * min(h, w) * rng.uniform(0.4, 1, bands))  # in whole pixels
+    reach *= rng.choice([-1, 1], bands)
+    slid = np.clip(0.7 * s**0.85 * bands - turn, 0, 1)  # the share of each band
     out = image.copy()
-    for k in np.flatnonzero(turn < 0.68 * s**0.85):
-        top, bottom = round(edges[k] * h), round(edges[k + 1] * h)
-        by = math.copysign(math.ceil(abs(reach[k]) * (0.12 + 0.08 * s) * min(h, w)), reach[k])
-        out[top:bottom] = np.roll(image[top:bottom], int(by), axis=1)
+    for k in np.flatnonzero(slid):
+        top, end = np.rint(edges[k : k + 2] * h)
+        band = slice(int(top), math.ceil(top + slid[k] * (end - top)))
+        out[band] = np.roll(image[band], int(reach[k]), axis=1)
     return out
 
 
-@_checked
+@_op
 def scan_lines(image, s, rng):
-    """A raster display or interlaced signal: 40 dark lines along the short side. s: their depth, up to 85 %."""
+    """A raster display or interlaced signal: 40 dark lines along the short side.
+
+    s: their depth, up to 85 %.
+    """
     h, w = image.shape[:2]
     period = max(2.0, min(h, w) / 40)
     wave = 0.5 + 0.5 * np.cos(2 * np.pi * (np.arange(h) / period + rng.random()))
-    gain = np.repeat((1 - 0.85 * s * wave).astype(np.float32), 3 * w).reshape(h, w, 3)
+    gain = np.float32(1 - 0.85 * s * wave)  # (h,)
+    gain = np.repeat(gain, 3 * w).reshape(h, w, 3)
     return cv2.multiply(image, gain, dtype=cv2.CV_8U)
 
 
 # ---------------------------------------------------------------- environment
 
 
-@_checked
+@_op
 def darkness(image, s, rng):
-    """Too little light: exposure falls in linear light and the sensor's shot and read noise come up.
-    s: the loss, up to 5 stops."""
-    light = 2.0 ** (-5 * s) * (np.arange(256) / 255) ** 2.2
-    spread = np.sqrt(light * 4e-4 + 4e-6) * s  # of the noise, in linear light
+    """Too little light: exposure falls in linear light, and shot and read noise come up.
+
+    s: the loss, up to 5 stops.
+    """
+    light = 2.0 ** (-5 * s) * (np.arange(256) / 255) ** 2.2  # of each grey level
+    deviation = s * np.sqrt(light * 4e-4 + 4e-6)  # of the noise, in linear light
     level = 255 * light ** (1 / 2.2)
-    noise = 255 * (light + spread) ** (1 / 2.2) - level
-    grain = _gaussian_noise(image.shape, rng, 1, np.float32)
-    grain = cv2.multiply(grain, cv2.LUT(image, noise.astype(np.float32)), dst=grain)
-    return cv2.add(grain, cv2.LUT(image, level.astype(np.float32)), dtype=cv2.CV_8U)
+    noise_level = 255 * (light + deviation) ** (1 / 2.2) - level
+    grain = cv2.LUT(_random_bytes(image.shape, rng), np.float32(NORMAL_QUANTILES))
+    grain = cv2.multiply(grain, cv2.LUT(image, np.float32(noise_level)), dst=grain)
+    return cv2.add(grain, cv2.LUT(image, np.float32(level)), dtype=cv2.CV_8U)
 
 
-@_checked
+@_op
 def atmospheric_turbulence(image, s, rng):
-    """Hot air between camera and scene: each place is displaced by its own smooth random tilt, and slightly blurred.
-    s: the tilt (deviation up to 1.8 % of the short side) and the blur."""
+    """Hot air between camera and scene: a smooth random tilt displaces each place, with some blur.
+
+    s: the tilt (deviation up to 1.8 % of the short side) and the blur.
+    """
     h, w = image.shape[:2]
-    side = s**0.6 * min(h, w)
-    tilt = _smooth_field(image.shape, 14, rng, 2) * np.float32(0.018 * side)
-    tilt[..., 0] += np.arange(w, dtype=np.float32)
-    tilt[..., 1] += np.arange(h, dtype=np.float32)[:, None]
-    blurred = cv2.GaussianBlur(image, (0, 0), 0.004 * side + 0.05, borderType=BORDER)
-    return cv2.remap(blurred, tilt, None, cv2.INTER_LINEAR, borderMode=BORDER)
+    reach = s**0.6 * min(h, w)
+    source = np.float32(0.018 * reach) * _smooth_field(h, w, 14, 2, rng)  # (h, w, 2): x, y
+    source[..., 0] += np.arange(w)
+    source[..., 1] += np.arange(h)[:, None]
+    blurred = cv2.GaussianBlur(image, (0, 0), 0.004 * reach + 0.05, borderType=BORDER)
+    source, fraction = cv2.convertMaps(source, None, cv2.CV_16SC2)
+    return cv2.remap(blurred, source, fraction, cv2.INTER_LINEAR, borderMode=BORDER)
 
 
-@_checked
+@_op
 def noise(image, s, rng):
-    """Additive Gaussian noise, independent in every pixel and channel. s: its deviation, up to 60 grey levels."""
-    return cv2.add(image, _gaussian_noise(image.shape, rng, 60 * s, np.int16), dtype=cv2.CV_8U)
+    """Gaussian noise, independent in every pixel and channel. s: its deviation, to 60 levels."""
+    table = np.int16(np.rint(60 * s * NORMAL_QUANTILES))
+    return cv2.add(image, cv2.LUT(_random_bytes(image.shape, rng), table), dtype=cv2.CV_8U)
 
 
-@_checked
+@_op
 def color_diffusion(image, s, rng):
-    """Colour bleeds while brightness stays sharp: Gaussian blur of the two chroma planes alone.
-    s: its deviation, up to 12 % of the short side."""
+    """Colour bleeds while brightness stays sharp: a Gaussian blur of the two chroma planes alone.
+
+    s: its deviation, up to 12 % of the short side.
+    """
     h, w = image.shape[:2]
     sigma = 0.12 * s * min(h, w)
-    small = _small(image, min(h, w) / max(1.0, sigma / 2))
     luma, *chroma = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb))
-    for k, plane in enumerate(chroma):
-        plane = cv2.resize(plane, small, interpolation=cv2.INTER_AREA)
-        plane = cv2.GaussianBlur(plane, (0, 0), min(sigma, 2), borderType=BORDER)
-        chroma[k] = cv2.resize(plane, (w, h), interpolation=cv2.INTER_LINEAR)
-    return cv2.cvtColor(cv2.merge([luma, *chroma]), cv2.COLOR_YCrCb2RGB)
+    planes = [luma]
+    for plane in chroma:
+        small = _shrink(plane, min(h, w) / max(1.0, sigma / 2))
+        small = cv2.GaussianBlur(small, (0, 0), min(sigma, 2), borderType=BORDER)
+        planes.append(cv2.resize(small, (w, h)))
+    return cv2.cvtColor(cv2.merge(planes), cv2.COLOR_YCrCb2RGB)
 
 
 # ---------------------------------------------------------------- postprocessing
 
 
-@_checked
+@_op
 def sharpness_change(image, s, rng):
-    """Oversharpening: an unsharp mask of radius 0.6 % of the short side, with its halos. s: its amount, 6 at 1, as
-    s^0.8."""
-    soft = cv2.GaussianBlur(image, (0, 0), 0.006 * min(image.shape[:2]) + 0.2, borderType=BORDER)
+    """Oversharpening: an unsharp mask of radius 0.6 % of the short side, with its halos.
+
+    s: its amount, 6 at 1, as s^0.8.
+    """
+    sigma = 0.006 * min(image.shape[:2]) + 0.2
+    soft = cv2.GaussianBlur(image, (0, 0), sigma, borderType=BORDER)
     amount = 6 * s**0.8
     return cv2.addWeighted(image, 1 + amount, soft, -amount, 0)
 
 
-@_checked
+@_op
 def graffiti(image, s, rng):
-    """Somebody sprays over the picture: eight looping strokes of opaque paint, one after the other. s: how much of them
-    is written; together about a quarter of the area."""
+    """Somebody sprays over the picture: eight looping strokes of opaque paint.
+
+    s: how much of them is written; together about a quarter of the area.
+    """
     h, w = image.shape[:2]
     side = min(h, w)
     out = image.copy()
     t = np.linspace(0, 1, 60)
-    for k, draws in enumerate(rng.random((8, 16))):
-        start, run, turn, size = draws[:8].reshape(4, 2, 1)
-        loops, width, paint, order = draws[8], draws[9], draws[10:13], draws[13:].argsort()
+    strokes = rng.random((8, 16))
+    # The first stroke lies on top: what comes later never covers what was there.
+    for k in reversed(range(math.ceil(8 * s))):
+        start, run, turn, size = strokes[k, :8].reshape(4, 2, 1)
+        loops, width = strokes[k, 8:10]
         swing = np.cos(2 * np.pi * ((1 + 3 * loops) * t + turn))
-        path = (0.15 + 0.7 * start) * [[w], [h]] + side * ((run - 0.5) * t + (0.05 + 0.11 * size) * swing)
-        points = np.rint(16 * path.T[: math.ceil((8 * s - k) * len(t))]).astype(np.int32)[:, None]
-        colour = (paint * [90, 255, 95] + [0, 0, 160])[order].tolist()  # one channel low, one high: vivid
-        cv2.polylines(out, [points], False, colour, max(1, round((0.025 + 0.017 * width) * side)), cv2.LINE_AA, 4)
-        if 8 * s <= k + 1:
-            break
+        path = side * ((run - 0.5) * t + (0.05 + 0.11 * size) * swing)
+        path += (0.15 + 0.7 * start) * [[w], [h]]  # (2, 60): x, y
+        written = path.T[: math.ceil((8 * s - k) * 60)]
+        points = np.int32(np.rint(16 * written))  # in sixteenths of a pixel: 4 bits
+        colour = strokes[k, 10:13] * [90, 255, 95] + [0, 0, 160]  # one channel low, one high: vivid
+        colour = colour[strokes[k, 13:].argsort()]
+        thickness = max(1, round((0.025 + 0.017 * width) * side))
+        cv2.polylines(out, [points], False, colour.tolist(), thickness, cv2.LINE_AA, 4)
     return out
 
 
-@_checked
+@_op
 def watermark_damage(image, s, rng):
-    """A stock agency's mark, tiled aslant over the picture: light letters with a dark shadow. s: its opacity, 80 % at
-    1."""
+    """A stock agency's mark, tiled aslant over the picture: light letters with a dark shadow.
+
+    s: its opacity, 80 % at 1.
+    """
     h, w = image.shape[:2]
     side = min(h, w)
     word = ("SAMPLE", "PREVIEW", "STOCK", "PROOF", "COPY")[rng.integers(5)]
-    angle, phase = rng.uniform(15, 45) * rng.choice([-1, 1]), rng.random(2)
-    font, scale, thick = cv2.FONT_HERSHEY_DUPLEX, side / 200, max(1, round(side / 80))
-    (tw, th), _ = cv2.getTextSize(word, font, scale, thick)
-    tile = np.zeros((max(2, round(2.4 * th)), max(2, round(1.25 * tw))), np.uint8)
-    cv2.putText(tile, word, (0, round(1.6 * th)), font, scale, 255, thick, cv2.LINE_AA)
-    reach = math.hypot(w, h)
-    sheet = np.tile(tile, [math.ceil(reach / n) + 1 for n in tile.shape])
-    turn = cv2.getRotationMatrix2D((w / 2, h / 2), angle, 1)
-    turn[:, 2] += phase * tile.shape[::-1] + (reach - np.array([w, h])) / 2  # image point -> sheet point
-    mark, shadow = (
-        cv2.warpAffine(sheet, turn - back, (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-        for back in (0, np.column_stack([np.zeros((2, 2)), turn[:, :2] @ [side / 150, side / 150]]))
-    )
-    mark, shadow = (cv2.convertScaleAbs(a, alpha=0.8 * s) for a in (mark, cv2.subtract(shadow, mark)))
-    kept = cv2.cvtColor(cv2.bitwise_not(cv2.add(mark, shadow)), cv2.COLOR_GRAY2RGB)
-    return cv2.add(cv2.multiply(image, kept, scale=1 / 255), cv2.cvtColor(mark, cv2.COLOR_GRAY2RGB))
+    turn = np.exp(1j * rng.uniform(0.26, 0.79) * rng.choice([-1, 1]))  # 15 to 45 degrees
+    cols, rows = math.ceil(side * len(word) / 8), math.ceil(0.31 * side)
+    tile = np.zeros((rows, cols), np.uint8)
+    start, thickness = (0, round(0.22 * side)), max(1, round(side / 80))
+    font = cv2.FONT_HERSHEY_DUPLEX
+    cv2.putText(tile, word, start, font, side / 200, 255, thickness, cv2.LINE_AA)
+    drop = math.ceil(side / 160)  # of the shadow, to the right and down
+    # Where each pixel lies in the tile or the one beside it: sums of a part of its x and its y.
+    of_x = np.arange(-drop, w) * turn + complex(*rng.random(2) * [cols, rows])
+    of_y = np.arange(-drop, h)[:, None] * turn * 1j
+    tile_x = np.float32(of_x.real % cols - cols) + np.float32(of_y.real % cols)
+    tile_y = np.float32(of_x.imag % rows - rows) + np.float32(of_y.imag % rows)
+    place, fraction = cv2.convertMaps(tile_x, tile_y, cv2.CV_16SC2)
+    marks = cv2.remap(tile, place, fraction, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    marks = cv2.convertScaleAbs(marks, alpha=0.8 * s)
+    marks = cv2.cvtColor(marks, cv2.COLOR_GRAY2RGB)
+    mark, shadow = marks[drop:, drop:], marks[:-drop, :-drop]
+    return _cover(image, cv2.bitwise_not(cv2.max(mark, shadow)), mark)
 
 
 # ---------------------------------------------------------------- the names
 
-STAGES: dict[str, tuple[str, ...]] = {
-    "acquisition": ("lens blur", "lens flare", "motion blur", "dirty lens", "saturation"),
-    "transmission": ("compression", "block change", "shifting", "scan lines"),
-    "environment": ("darkness", "atmospheric turbulence", "noise", "color diffusion"),
-    "postprocessing": ("sharpness change", "graffiti", "watermark damage"),
-}
-DEGRADATIONS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
-    op.__name__.replace("_", " "): op
-    for op in (
-        *(lens_blur, lens_flare, motion_blur, dirty_lens, saturation),
-        *(compression, block_change, shifting, scan_lines),
-        *(darkness, atmospheric_turbulence, noise, color_diffusion),
-        *(sharpness_change, graffiti, watermark_damage),
-    )
-}
 ALIASES = {  # what the released data and other tools call them
-    "jpeg compression": "compression", "jpeg": "compression", "block exchange": "block change",
-    "mean shift": "shifting", "scan line": "scan lines", "dark illumination": "darkness", "gaussian noise": "noise",
-    "turbulence": "atmospheric turbulence", "hsv saturation": "saturation", "colour diffusion": "color diffusion",
-    "sharpness": "sharpness change", "watermark": "watermark damage", "defocus blur": "lens blur",
-}  # fmt: skip
+    "jpeg compression": "compression",
+    "jpeg": "compression",
+    "block exchange": "block change",
+    "mean shift": "shifting",
+    "scan line": "scan lines",
+    "dark illumination": "darkness",
+    "gaussian noise": "noise",
+    "turbulence": "atmospheric turbulence",
+    "hsv saturation": "saturation",
+    "colour diffusion": "color diffusion",
+    "sharpness": "sharpness change",
+    "watermark": "watermark damage",
+    "defocus blur": "lens blur",
+}
 
 
 def canonical(name: str) -> str:
-    """The paper's name, in lower case, for a known name or alias in any case, with spaces, hyphens or underscores.
-    ValueError with the nearest known name otherwise."""
+    """The paper's name, in lower case, for a known name or alias.
+
+    Any case, and spaces, hyphens or underscores. ValueError with the nearest known name otherwise.
+    """
     plain = " ".join(str(name).lower().replace("_", " ").replace("-", " ").split())
     plain = ALIASES.get(plain, plain)
     if plain not in DEGRADATIONS:
-        near = difflib.get_close_matches(plain[:40], [*DEGRADATIONS, *ALIASES], 1, 0)[0]
-        near = ALIASES.get(near, near)
-        raise ValueError(f"unknown degradation {str(name)[:40]!r}; nearest is {near!r}, all are {list(DEGRADATIONS)}")
+        near = difflib.get_close_matches(plain[:40], [*DEGRADATIONS, *ALIASES], 1, cutoff=0)[0]
+        known = f"nearest is {ALIASES.get(near, near)!r}, all are {list(DEGRADATIONS)}"
+        raise ValueError(f"unknown degradation {str(name)[:40]!r}; {known}")
     return plain
 
 
 def degrade(image: np.ndarray, degradations: Iterable[tuple[str, float]], seed: int) -> np.ndarray:
-    """Eq. 13: X_d = D(X). Applies (type, intensity) pairs to an RGB uint8 image (H, W, 3) in stage order, whatever
-    their order in the list; returns a new array. Each op draws from a stream of its own, made from the seed and the op,
-    so that adding one does not reshuffle another. ValueError for a wrong image, type, intensity or seed."""
+    """Eq. 13: X_d = D(X), a new array.
+
+    Applies (type, intensity) pairs to an RGB uint8 image (H, W, 3) in stage order, whatever their
+    order in the list. Each op draws from a stream of its own, made from the seed and the op, so
+    that adding one does not reshuffle another. ValueError for a wrong image, type, intensity or
+    seed.
+    """
     _check_image(image)
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
+    if not isinstance(seed, numbers.Integral) or seed < 0:
         raise ValueError(f"seed is {seed!r}; expected an integer >= 0")
-    order, todo = list(DEGRADATIONS), []
+    strengths = {name: [] for name in DEGRADATIONS}
     for pair in degradations:
         try:
             name, s = pair
         except (TypeError, ValueError):
-            raise ValueError(f"degradations hold {pair!r}; expected (type, s) pairs such as ('noise', 0.3)") from None
+            raise ValueError(f"degradations hold {pair!r}; expected (type, s) pairs") from None
         name = canonical(name)
         _check_intensity(name, s)
-        todo.append((order.index(name), float(s)))
-    out, applied = image.copy(), []
-    for index, s in sorted(todo):
-        stream = np.random.SeedSequence(int(seed), spawn_key=(index, applied.count(index)))
-        out = DEGRADATIONS[order[index]](out, s, np.random.default_rng(stream))
-        applied.append(index)
+        if s > 0:
+            strengths[name].append(float(s))
+    out = image.copy()
+    for index, (name, op) in enumerate(DEGRADATIONS.items()):
+        for repeat, s in enumerate(sorted(strengths[name])):
+            stream = np.random.SeedSequence(int(seed), spawn_key=(index, repeat))
+            out = op(out, s, np.random.default_rng(stream))
     return out
 
 
-def sample_degradations(rng: np.random.Generator, low: int = 1, high: int = 3) -> list[Degradation]:
-    """Random distinct types, each from a random stage, with s ~ U[0, 1] rounded to two decimals; in stage order.
-    Their number is uniform in [low, high]."""
-    if not 0 <= low <= high <= len(DEGRADATIONS):
-        raise ValueError(f"low = {low}, high = {high}; expected 0 <= low <= high <= {len(DEGRADATIONS)}")
+def sample_degradations(rng, low: int = 1, high: int = 3) -> list[Degradation]:
+    """Random distinct types, each from a random stage, with s ~ U[0, 1] to two decimals.
+
+    In stage order; their number is uniform in [low, high].
+    """
     order = list(DEGRADATIONS)
-    weights = [1 / len(STAGES) / len(names) for names in STAGES.values() for _ in names]
-    picked = rng.choice(len(order), rng.integers(low, high + 1), replace=False, p=weights)
+    if not 0 <= low <= high <= len(order):
+        raise ValueError(f"low = {low}, high = {high}; expected 0 <= low <= high <= {len(order)}")
+    shares = [0.25 / len(names) for names in STAGES.values() for _ in names]
+    picked = rng.choice(len(order), rng.integers(low, high + 1), replace=False, p=shares)
     return [Degradation(order[i], round(float(rng.random()), 2)) for i in sorted(picked)]
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- files
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+ENDINGS = ", ".join(sorted(SUFFIXES))
 
 
-def _read(path: Path) -> np.ndarray:
+def _is_cut_jpeg(data):
+    """Whether a JPEG ends before its end-of-image marker; OpenCV fills the rest with grey."""
+    at = 2
+    while at < len(data) and data[at : at + 2] != b"\xff\xda":
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])  # past the segments before the first scan
+    return data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[at:]
+
+
+def _read(path):
     """RGB uint8 (H, W, 3); ValueError for a file that is not a whole image."""
     data = path.read_bytes()
-    cut = data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < len(data) // 2  # OpenCV fills a cut JPEG with grey
-    image = None if cut or not data else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if _is_cut_jpeg(data):
+        raise ValueError(f"{path}: cut off")
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if image is None:
-        raise ValueError(f"{path}: {'cut off' if cut else 'not an image that OpenCV can read'}")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        raise ValueError(f"{path}: not an image of 8 or 16 bits that OpenCV can read")
+    return image[..., ::-1]  # from BGR
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path, data):
     """To a temporary name first, so that a file that exists is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -470,160 +593,218 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _write_image(path: Path, image: np.ndarray) -> None:
+def _write_image(path, image):
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"cannot write {path}: its name must end in one of {', '.join(sorted(SUFFIXES))}")
-    _write(path, cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes())
+        raise ValueError(f"cannot write {path}: its name must end in one of {ENDINGS}")
+    _write(path, cv2.imencode(path.suffix, image[..., ::-1])[1].tobytes())
 
 
-def _degrade_file(source: Path, out: Path, labels: list[dict]) -> str | None:
-    """Write the degraded copies of one photo; the error as text, so that one broken photo does not stop the rest."""
-    try:
-        image = _read(source)
-        for label in labels:
-            pairs = [(d["type"], d["intensity"]) for d in label["degradations"]]
-            _write_image(out / label["image"], degrade(image, pairs, label["seed"]))
-    except (ValueError, OSError, cv2.error) as error:
-        return str(error)
-    return None
+# ---------------------------------------------------------------- a folder
 
 
-def _plan(folder: Path, out: Path, levels, types, seed: int) -> dict[Path, list[dict]]:
-    """Photo -> its labels, one per level. A photo has the same types and seed at all levels; both come from `seed` and
-    its path alone, so that one more photo in the folder changes nothing for the others."""
-    plan, taken = {}, set()
+def _plan(folder, out, levels, types, seed):
+    """The labels of all copies, one a photo and level, by the copy's name.
+
+    A photo has the same types and seed at all levels. Both come from `seed` and its path alone, and
+    its copies are named after its whole name: one more photo changes nothing for the others.
+    """
+    for level in levels:
+        _check_intensity("--levels", level)
+    plan = {}
     for photo in sorted(folder.rglob("*")):
-        name = photo.relative_to(folder)
-        if photo.suffix.lower() not in SUFFIXES or name.name.startswith("."):
+        is_photo = photo.suffix.lower() in SUFFIXES and not photo.name.startswith(".")
+        is_our_copy = out.resolve() in photo.resolve().parents
+        if not is_photo or is_our_copy or not photo.is_file():
             continue
-        if out.resolve() in photo.resolve().parents:  # our own work of last time
-            continue
-        target = name.with_suffix(".png")
-        target = name.with_name(name.name + ".png") if target in taken else target  # cat.jpg beside cat.png
-        taken.add(target)
-        own = int(np.random.SeedSequence([seed, zlib.crc32(name.as_posix().encode())]).generate_state(1)[0])
-        chosen = types or [d.type for d in sample_degradations(np.random.default_rng(own))]
-        plan[photo] = [
-            {
-                "image": f"{100 * level:g}/{target.as_posix()}",
-                "clean_image": name.as_posix(),
+        name = photo.relative_to(folder).as_posix()
+        entropy = [seed, zlib.crc32(os.fsencode(name))]
+        photo_seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        drawn = sample_degradations(np.random.default_rng(photo_seed))
+        chosen = types or [d.type for d in drawn]
+        content_hash = zlib.crc32(photo.read_bytes())
+        for level in levels:
+            image = f"{100 * level:g}/{name}.png"
+            if image in plan:
+                raise ValueError(f"--levels {levels}: two of them fall into one folder")
+            plan[image] = {
+                "image": image,
+                "clean_image": name,
+                "clean_crc32": content_hash,
                 "degradations": [{"type": type_, "intensity": level} for type_ in chosen],
-                "seed": own,
+                "seed": photo_seed,
             }
-            for level in levels
-        ]
+    if not plan:
+        raise ValueError(f"{folder} holds no photo; looked for {ENDINGS}")
     return plan
 
 
-def _degrade_folder(out: Path, plan: dict[Path, list[dict]]) -> int:
-    """Write every planned copy that is not there yet, on all cores, and out/labels.jsonl; returns the exit status."""
+def _read_labels(file):
+    """Those of an earlier run, by the copy's name."""
+    if not file.exists():
+        return {}
     try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = lambda results, **_: results  # noqa: E731
-    labels = {label["image"]: label for planned in plan.values() for label in planned}
+        labels = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {label["image"]: label for label in labels}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: a line is no label ({error}); delete the line") from None
+
+
+def _degrade_folder(folder, out, plan):
+    """Write every planned copy that is not there yet, and out/labels.jsonl; the exit status."""
     file = out / "labels.jsonl"
-    if file.exists():
-        before = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if any(labels.get(label["image"], label) != label for label in before):
-            raise ValueError(f"{file} is of other photos, --seed or --types; choose another --out, or delete {out}")
-        labels = {label["image"]: label for label in before} | labels
+    labels = _read_labels(file)
+    todo = []
+    for image, label in plan.items():
+        before = labels.get(image, label)
+        if before | {"clean_crc32": label["clean_crc32"]} != label:
+            raise ValueError(f"{file} is of another --seed or --types; choose another --out")
+        if before != label:
+            print(f"{label['clean_image']} was replaced; {image} is made again", file=sys.stderr)
+        if labels.get(image) != label or not (out / image).exists():
+            todo.append(label)
+    print(f"{len(plan)} copies to {out}, {len(plan) - len(todo)} of them there")
+    for image, label in labels.items():
+        if not (folder / label["clean_image"]).exists():
+            print(f"{label['clean_image']} is gone; {image} and its label stay", file=sys.stderr)
 
-    def save() -> None:
-        lines = (json.dumps(labels[image], ensure_ascii=False) + "\n" for image in sorted(labels))
-        _write(file, "".join(lines).encode())
+    def work(label):
+        """Write a copy; an error as text, so that a broken photo does not stop the rest."""
+        try:
+            pairs = [d.values() for d in label["degradations"]]
+            copy = degrade(_read(folder / label["clean_image"]), pairs, label["seed"])
+            _write_image(out / label["image"], copy)
+            labels[label["image"]] = label
+        except (ValueError, OSError, cv2.error) as error:
+            return f"skipped {error}"
 
-    save()  # before the work: should it be cut short, the next run knows what these files are
-    todo = {}
-    for photo, planned in plan.items():
-        if missing := [label for label in planned if not (out / label["image"]).exists()]:
-            todo[photo] = missing
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{len(plan)} photos, {len(plan) - len(todo)} of them done before, to {out} on {cores} cores")
-    errors = []
-    pool = ProcessPoolExecutor(cores, initializer=cv2.setNumThreads, initargs=(1,))
+    cv2.setNumThreads(1)  # the photos are what is done in parallel
+    pool = ThreadPoolExecutor()
     try:
-        results = pool.map(_degrade_file, todo, [out] * len(todo), todo.values())
-        for error, missing in zip(tqdm(results, total=len(todo), unit="photo"), todo.values()):
-            if error:
-                errors.append(error)
-                for label in missing:
-                    del labels[label["image"]]
+        errors = set(pool.map(work, todo)) - {None}
     finally:
         pool.shutdown(cancel_futures=True)
-    save()
-    for error in errors:
-        print(f"skipped {error}", file=sys.stderr)
+        lines = [json.dumps(labels[image]) + "\n" for image in sorted(labels)]
+        _write(file, "".join(lines).encode())
+    for error in sorted(errors):
+        print(error, file=sys.stderr)
     return 1 if errors else 0
 
 
-def gallery(image: np.ndarray, seed: int, levels=(0.1, 0.25, 0.5, 0.75, 1.0), width: int = 240) -> np.ndarray:
-    """Contact sheet, one row per op and one column per level, of the photo shrunk to `width` pixels."""
-    height = max(1, round(image.shape[0] * width / image.shape[1]))
-    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+# ---------------------------------------------------------------- the command line
 
-    def label(text: str, across: int, down: int) -> np.ndarray:
-        field = np.full((down, across, 3), 255, np.uint8)
-        return cv2.putText(field, text, (8, down // 2 + 5), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
 
-    rows = [np.hstack([label("", 200, 30)] + [label(f"s = {s:g}", width, 30) for s in levels])]
+def gallery(image, seed):
+    """Contact sheet: a row per op, at s = 0.1, 0.25, 0.5, 0.75 and 1."""
+    small = _shrink(image, 160)
+    rows = []
     for name in DEGRADATIONS:
-        rows.append(np.hstack([label(name, 200, len(small))] + [degrade(small, [(name, s)], seed) for s in levels]))
+        row = np.hstack([degrade(small, [(name, s)], seed) for s in (0.1, 0.25, 0.5, 0.75, 1)])
+        row = cv2.copyMakeBorder(row, 30, 0, 0, 0, cv2.BORDER_CONSTANT, value=[255] * 3)
+        rows.append(cv2.putText(row, name, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 0))
     return np.vstack(rows)
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser():
     parser = argparse.ArgumentParser(
         description="Degrade photos in the sixteen ways of Robust-R1, Eq. 13.",
-        epilog="Names are the paper's (see --list); aliases, any case and underscores are understood. "
-        "Exit status: 0 all done, 1 some photos of a folder are broken and were skipped, 2 nothing done.",
+        epilog="Names are the paper's (see --list); aliases, any case and underscores are "
+        "understood. A photo is turned as its EXIF data say, and 16 bits are scaled to 8; "
+        "transparency, colour profile and all frames but the first are dropped. "
+        "Exit status: 0 all done, 1 broken photos of a folder were skipped, 2 nothing done.",
     )
     add = parser.add_argument
-    add("input", nargs="?", type=Path, help="a photo, or a folder of photos, with those in its folders")
-    add("--out", type=Path, help="file to write, or folder if the input is one (default: INPUT-degraded, here)")
-    add("--seed", type=int, default=0, help="fixes everything random (default 0)")
-    add("--type", nargs=2, action="append", metavar=("NAME", "S"), dest="pairs",
-        help="for a photo: a degradation and its intensity in [0, 1]; repeat for more (default: drawn)")  # fmt: skip
-    add("--types", nargs="+", metavar="NAME", default=[], help="for a folder: the degradations (default: drawn)")
-    add("--levels", nargs="+", type=float, default=[0.25, 0.5, 1.0], metavar="S",
-        help="for a folder: intensities, each with an output folder (default: 0.25 0.5 1)")  # fmt: skip
-    add("--gallery", type=Path, metavar="PHOTO", help="draw a contact sheet: every op at five levels")
-    add("--list", action="store_true", help="print the stages, and for each op what it models and what s means")
+    add(
+        "input",
+        nargs="?",
+        type=Path,
+        help=f"a photo, or a folder with photos, at any depth: {ENDINGS}",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="file or folder to write (default: INPUT-degraded, here)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="fixes everything random (default 0)",
+    )
+    add(
+        "--type",
+        nargs=2,
+        action="append",
+        metavar=("NAME", "S"),
+        help="for a photo: a degradation and its intensity; repeat for more (default: drawn)",
+    )
+    add(
+        "--gallery",
+        action="store_true",
+        help="for a photo: a sheet of all sixteen at five levels",
+    )
+    add(
+        "--types",
+        nargs="+",
+        metavar="NAME",
+        help="for a folder: the degradations (default: drawn for each photo)",
+    )
+    add(
+        "--levels",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="for a folder: intensities, a folder each (default: 0.25 0.5 1)",
+    )
+    add(
+        "--list",
+        action="store_true",
+        help="print the stages, and for each op what it models and what s means",
+    )
+    return parser
+
+
+def _run(source, args):
+    is_folder = source.is_dir()
+    wrong = (args.type or args.gallery) if is_folder else (args.types or args.levels)
+    if wrong:
+        raise ValueError(
+            "--type NAME S and --gallery are for a photo, --types and --levels for a folder"
+        )
+    out = args.out or Path(source.resolve().stem + ("-degraded" if is_folder else "-degraded.png"))
+    if is_folder:
+        types = [canonical(name) for name in args.types or ()]
+        levels = args.levels or [0.25, 0.5, 1.0]
+        return _degrade_folder(source, out, _plan(source, out, levels, types, args.seed))
+    image = _read(source)
+    if args.gallery:
+        image, done = gallery(image, args.seed), "all sixteen"
+    else:
+        pairs = args.type or sample_degradations(np.random.default_rng(args.seed))
+        pairs = [(canonical(name), float(s)) for name, s in pairs]
+        image = degrade(image, pairs, args.seed)
+        done = ", ".join(f"{name}({s:.2f})" for name, s in pairs)
+    _write_image(out, image)
+    print(f"{out}: {done}")
+    return 0
+
+
+def main(argv=None) -> int:
+    parser = _parser()
     args = parser.parse_args(argv)
-    source = args.gallery or args.input
     if args.list:
         for stage, names in STAGES.items():
-            print(stage, *(f"  {name:24}{' '.join(DEGRADATIONS[name].__doc__.split())}" for name in names), sep="\n")
+            print(stage)
+            for name in names:
+                print(f"  {name:24}{' '.join(DEGRADATIONS[name].__doc__.split())}")
         return 0
-    if source is None:
-        parser.error("give a photo, a folder, --gallery PHOTO or --list")
-    folder = source.is_dir()
-    if folder and (args.pairs or args.gallery) or args.types and not folder:
-        parser.error("--types and --levels are for a folder; --type NAME S and --gallery for a photo")
-    ending = "-degraded" if folder else "-gallery.png" if args.gallery else "-degraded.png"
-    out = args.out or Path(source.resolve().stem + ending)
+    if args.input is None:
+        parser.error("give a photo, a folder or --list")
     try:
-        if folder:
-            for level in args.levels:
-                _check_intensity("--levels", level)
-            plan = _plan(source, out, args.levels, [canonical(name) for name in args.types], args.seed)
-            if not plan:
-                raise ValueError(f"{source} holds no photo; looked for {', '.join(sorted(SUFFIXES))}")
-            return _degrade_folder(out, plan)
-        image = _read(source)
-        if args.gallery:
-            _write_image(out, gallery(image, args.seed))
-            print(out)
-        else:
-            drawn = sample_degradations(np.random.default_rng(args.seed))
-            pairs = [Degradation(canonical(name), float(s)) for name, s in args.pairs or drawn]
-            _write_image(out, degrade(image, pairs, args.seed))
-            print(f"{out}: " + ", ".join(f"{name}({s:.2f})" for name, s in pairs))
+        return _run(args.input, args)
     except (ValueError, OSError, cv2.error) as error:
         parser.exit(2, f"degrade.py: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped; the same command goes on from here\n")
-    return 0
 
 
 if __name__ == "__main__":

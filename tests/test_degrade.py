@@ -15,11 +15,22 @@ import numpy as np
 import pytest
 
 import degrade as module
-from degrade import ALIASES, DEGRADATIONS, STAGES, Degradation, canonical, degrade, sample_degradations
+from degrade import (
+    ALIASES,
+    DEGRADATIONS,
+    STAGES,
+    Degradation,
+    canonical,
+    degrade,
+    sample_degradations,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DETERMINISTIC = {"lens blur", "saturation", "compression", "color diffusion", "sharpness change"}
-AT_THE_PIXEL = {"noise", "compression"}  # exempt from scaling with the short side: they live at the pixel
+AT_THE_PIXEL = {
+    "noise",
+    "compression",
+}  # exempt from scaling with the short side: they live at the pixel
 SEEDS = range(8)
 
 every_op = pytest.mark.parametrize("name", DEGRADATIONS)
@@ -28,7 +39,9 @@ every_op = pytest.mark.parametrize("name", DEGRADATIONS)
 def drawn_picture() -> np.ndarray:
     """(112, 112, 3): two shapes on a textured ground."""
     rng = np.random.default_rng(0)
-    ground = cv2.resize(rng.normal(0, 12, (14, 14)).astype(np.float32), (112, 112), interpolation=cv2.INTER_CUBIC)
+    ground = cv2.resize(
+        rng.normal(0, 12, (14, 14)).astype(np.float32), (112, 112), interpolation=cv2.INTER_CUBIC
+    )
     image = np.clip(ground[..., None] + [150, 130, 105], 0, 255).astype(np.uint8)
     cv2.circle(image, (40, 44), 22, (200, 40, 50), -1, cv2.LINE_AA)
     cv2.rectangle(image, (62, 58), (98, 96), (40, 80, 190), -1)
@@ -46,12 +59,18 @@ def photos() -> dict[str, np.ndarray]:
 
 
 def small(photo: np.ndarray, width: int = 144) -> np.ndarray:
-    return cv2.resize(photo, (width, round(len(photo) * width / photo.shape[1])), interpolation=cv2.INTER_AREA)
+    return cv2.resize(
+        photo, (width, round(len(photo) * width / photo.shape[1])), interpolation=cv2.INTER_AREA
+    )
 
 
 @pytest.fixture(scope="module", params=["astronaut", "coffee", "drawn"])
 def picture(request) -> np.ndarray:
-    return drawn_picture() if request.param == "drawn" else small(request.getfixturevalue("photos")[request.param])
+    return (
+        drawn_picture()
+        if request.param == "drawn"
+        else small(request.getfixturevalue("photos")[request.param])
+    )
 
 
 # ---------------------------------------------------------------- names
@@ -109,17 +128,21 @@ def test_s_zero_is_the_identity(name, picture):
 def test_damage_grows_strictly_is_visible_at_a_tenth_and_plain_at_one(name, picture):
     before = picture.copy()
     grid = [k / 20 for k in range(21)]
-    curve = [np.mean([mae(degrade(picture, [(name, s)], seed), picture) for seed in SEEDS]) for s in grid]
+    curve = [
+        np.mean([mae(degrade(picture, [(name, s)], seed), picture) for seed in SEEDS]) for s in grid
+    ]
     assert curve[0] == 0
     falls = [s for s, low, high in zip(grid[1:], curve, curve[1:]) if high <= low]
     assert not falls, f"{name} does not grow at s = {falls}: {np.round(curve, 3)}"
     assert curve[2] >= 0.5, f"{name} at s = 0.1 is invisible: {curve[2]:.2f} grey levels"
-    assert curve[20] >= 3 and curve[20] >= 2 * curve[2], f"{name} at s = 1 is not plain: {curve[20]:.2f}"
+    assert curve[20] >= 3 and curve[20] >= 2 * curve[2], (
+        f"{name} at s = 1 is not plain: {curve[20]:.2f}"
+    )
     assert np.array_equal(picture, before), f"{name} wrote into its input"
 
 
 def test_the_scene_can_still_be_recognised_at_one_in_a_third_of_the_ops(photos):
-    """The proxy: the coarse luma, 16 x 16, correlates with the clean one, and so do its edges, 64 x 64."""
+    """Measured by luma, 16 x 16, and its edges, 64 x 64: both correlate with the clean ones."""
 
     def luma(image: np.ndarray, side: int) -> np.ndarray:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(float)
@@ -142,16 +165,23 @@ def test_the_scene_can_still_be_recognised_at_one_in_a_third_of_the_ops(photos):
 
 @pytest.mark.parametrize("name", [name for name in DEGRADATIONS if name not in AT_THE_PIXEL])
 def test_damage_looks_the_same_at_every_width(name, photos):
-    """SSIM at s = .45 over the widths 160 .. 1280 differs by at most .2; noise and compression are exempt by name."""
+    """SSIM at s = .45 differs by at most .2 over the widths; noise and compression are exempt."""
     ssim = pytest.importorskip("skimage.metrics").structural_similarity
     for photo in photos.values():
-        large = cv2.resize(photo, (1280, round(len(photo) * 1280 / photo.shape[1])), interpolation=cv2.INTER_CUBIC)
+        large = cv2.resize(
+            photo, (1280, round(len(photo) * 1280 / photo.shape[1])), interpolation=cv2.INTER_CUBIC
+        )
         scores = []
         for width in (160, 320, 640, 1280):
             clean = large if width == 1280 else small(large, width)
-            grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (clean, degrade(clean, [(name, 0.45)], 1))]
+            grey = [
+                cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
+                for x in (clean, degrade(clean, [(name, 0.45)], 1))
+            ]
             scores.append(ssim(*grey))
-        assert max(scores) - min(scores) <= 0.2, f"{name}: SSIM {np.round(scores, 3)} at widths 160, 320, 640, 1280"
+        assert max(scores) - min(scores) <= 0.2, (
+            f"{name}: SSIM {np.round(scores, 3)} at widths 160, 320, 640, 1280"
+        )
 
 
 def test_noise_has_the_deviation_that_it_says():
@@ -165,7 +195,10 @@ def test_noise_has_the_deviation_that_it_says():
 def test_saturation_at_one_is_grey_and_color_diffusion_keeps_the_luma(picture):
     grey = degrade(picture, [("saturation", 1)], 0)
     assert (grey == grey[..., :1]).all()
-    y = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in (picture, degrade(picture, [("color diffusion", 0.5)], 0))]
+    y = [
+        cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
+        for x in (picture, degrade(picture, [("color diffusion", 0.5)], 0))
+    ]
     assert mae(*y) < 3  # what is left comes from colours that leave the cube
 
 
@@ -190,10 +223,13 @@ def test_the_seed_alone_decides_in_any_thread():
 
 
 def test_the_seed_alone_decides_in_any_process():
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import numpy, cv2; numpy.random.seed(9); cv2.setRNGSeed(4)\n"
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import numpy, cv2\n"
+    code += "numpy.random.seed(9); cv2.setRNGSeed(4)\n"
     code += "import test_degrade; print(test_degrade.fingerprint())"
     paths = [str(ROOT), str(ROOT / "tests")]
-    out = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, cwd="/")
+    out = subprocess.run(
+        [sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, cwd="/"
+    )
     assert out.stdout.strip() == fingerprint()
 
 
@@ -217,17 +253,24 @@ def test_another_seed_changes_every_random_op(name, picture):
 
 
 def test_ops_are_applied_in_stage_order_whatever_the_lists_order():
-    image, pairs = drawn_picture(), [("graffiti", 0.4), ("noise", 0.5), ("compression", 0.6), ("lens blur", 0.7)]
+    image, pairs = (
+        drawn_picture(),
+        [("graffiti", 0.4), ("noise", 0.5), ("compression", 0.6), ("lens blur", 0.7)],
+    )
     by_hand = image
     for name, s in reversed(pairs):  # acquisition, transmission, environment, postprocessing
         by_hand = degrade(by_hand, [(name, s)], 3)
     assert np.array_equal(degrade(image, pairs, 3), by_hand)
     assert np.array_equal(degrade(image, pairs[::-1], 3), by_hand)
-    assert not np.array_equal(degrade(degrade(image, [pairs[1]], 3), [pairs[3]], 3), degrade(image, pairs[1::2], 3))
+    assert not np.array_equal(
+        degrade(degrade(image, [pairs[1]], 3), [pairs[3]], 3), degrade(image, pairs[1::2], 3)
+    )
 
 
 def test_adding_an_op_does_not_reshuffle_another():
-    flat = np.full((64, 64, 3), 128, np.uint8)  # shifting draws its bands, and moves nothing that can be seen
+    flat = np.full(
+        (64, 64, 3), 128, np.uint8
+    )  # shifting draws its bands, and moves nothing that can be seen
     alone = degrade(flat, [("noise", 0.6)], 7)
     assert np.array_equal(degrade(flat, [("shifting", 0.5), ("noise", 0.6)], 7), alone)
 
@@ -236,7 +279,9 @@ def test_the_same_type_twice_draws_twice():
     flat = np.full((64, 64, 3), 128, np.uint8)
     once = degrade(flat, [("noise", 0.3)], 0).astype(float)
     twice = degrade(flat, [("noise", 0.3)] * 2, 0).astype(float)
-    assert twice.std() == pytest.approx(once.std() * 2**0.5, rel=0.05)  # the same noise again would double it
+    assert twice.std() == pytest.approx(
+        once.std() * 2**0.5, rel=0.05
+    )  # the same noise again would double it
 
 
 def test_sample_degradations():
@@ -273,7 +318,11 @@ def test_any_small_size(name, size):
     for seed in range(3):
         for s in (0.01, 0.5, 1):
             out = degrade(image, [(name, s)], seed)
-            assert out.shape == image.shape and out.dtype == np.uint8 and not np.shares_memory(out, image)
+            assert (
+                out.shape == image.shape
+                and out.dtype == np.uint8
+                and not np.shares_memory(out, image)
+            )
 
 
 @every_op
@@ -288,7 +337,9 @@ def test_an_array_that_is_a_view_is_fine():
     for view in (image[::-1, ::2], image[..., ::-1], image.transpose(1, 0, 2)):
         view.flags.writeable = False
         for name in DEGRADATIONS:
-            assert np.array_equal(degrade(view, [(name, 0.4)], 0), degrade(view.copy(), [(name, 0.4)], 0)), name
+            assert np.array_equal(
+                degrade(view, [(name, 0.4)], 0), degrade(view.copy(), [(name, 0.4)], 0)
+            ), name
 
 
 @pytest.mark.parametrize(
@@ -307,7 +358,10 @@ def test_an_array_that_is_a_view_is_fine():
     ],
 )
 def test_another_kind_of_image_is_refused(image, came):
-    for call in (lambda: degrade(image, [("noise", 0.5)], 0), lambda: DEGRADATIONS["noise"](image, 0.5, None)):
+    for call in (
+        lambda: degrade(image, [("noise", 0.5)], 0),
+        lambda: DEGRADATIONS["noise"](image, 0.5, None),
+    ):
         with pytest.raises(ValueError, match=came) as error:
             call()
         assert "expected" in str(error.value) and "uint8 RGB" in str(error.value)
@@ -319,7 +373,9 @@ def test_an_intensity_outside_zero_to_one_is_refused(s):
         degrade(drawn_picture(), [("noise", s)], 0)
 
 
-@pytest.mark.parametrize("pairs", [["noise"], [("noise",)], Degradation("noise", 0.5), [("noise", 0.5, 1)], [0.5]])
+@pytest.mark.parametrize(
+    "pairs", [["noise"], [("noise",)], Degradation("noise", 0.5), [("noise", 0.5, 1)], [0.5]]
+)
 def test_what_is_not_a_list_of_pairs_is_refused(pairs):
     with pytest.raises(ValueError, match="pairs"):
         degrade(drawn_picture(), pairs, 0)
@@ -341,7 +397,9 @@ def test_an_unknown_type_is_refused_before_any_work():
 
 def run(*arguments, cwd) -> subprocess.CompletedProcess:
     command = [sys.executable, cwd / "degrade.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=cwd, timeout=120)
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", cwd=cwd, timeout=120
+    )
 
 
 def save(path: Path, image: np.ndarray) -> None:
@@ -361,8 +419,11 @@ def desk(tmp_path) -> Path:
 
 
 def test_the_file_alone_needs_numpy_and_opencv_only(desk):
-    code = "import sys, degrade; print({'torch', 'tqdm', 'skimage', 'scipy', 'PIL', 'rr1'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=desk, check=True)
+    others = {"torch", "tqdm", "skimage", "scipy", "PIL", "rr1"}
+    code = f"import sys, degrade; print({others} & set(sys.modules))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=desk, check=True
+    )
     assert out.stdout.strip() == "set()"
 
 
@@ -372,7 +433,9 @@ def test_one_photo(desk):
     types = ["--type", "Lens_Blur", "0.4", "--type", "noise", ".2"]
     out = run("photo.png", *types, "--seed", 7, "--out", "new/out.png", cwd=desk)
     assert out.returncode == 0, out.stderr
-    assert np.array_equal(load(desk / "new/out.png"), degrade(image, [("lens blur", 0.4), ("noise", 0.2)], 7))
+    assert np.array_equal(
+        load(desk / "new/out.png"), degrade(image, [("lens blur", 0.4), ("noise", 0.2)], 7)
+    )
     assert "lens blur(0.40), noise(0.20)" in out.stdout
 
 
@@ -388,18 +451,24 @@ def test_a_folder_its_labels_a_broken_photo_and_going_on(desk):
         (desk / "in" / name).write_bytes(content)
     (desk / "in/notes.txt").write_text("no photo at all")
 
-    first = run("in", "--out", "in/out", "--seed", 3, cwd=desk)  # inside the folder: not read as its photos later
+    first = run(
+        "in", "--out", "in/out", "--seed", 3, cwd=desk
+    )  # inside the folder: not read as its photos later
     assert first.returncode == 1
     for name in broken:
         assert f"skipped {Path('in') / name}" in first.stderr
     out = desk / "in/out"
-    labels = [json.loads(line) for line in (out / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
+    labels = [
+        json.loads(line) for line in (out / "labels.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     written = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     assert set(written) == {label["image"] for label in labels} | {"labels.jsonl"}
     assert len(labels) == 3 * len(clean)
     for label in labels:
         pairs = [(d["type"], d["intensity"]) for d in label["degradations"]]
-        assert np.array_equal(load(out / label["image"]), degrade(clean[label["clean_image"]], pairs, label["seed"]))
+        assert np.array_equal(
+            load(out / label["image"]), degrade(clean[label["clean_image"]], pairs, label["seed"])
+        )
         level = {"25": 0.25, "50": 0.5, "100": 1.0}[label["image"].split("/")[0]]
         assert {s for _, s in pairs} == {level} and 1 <= len(pairs) <= 3
     assert len({label["seed"] for label in labels}) == len(clean)
@@ -420,7 +489,11 @@ def test_a_folder_its_labels_a_broken_photo_and_going_on(desk):
         (desk / "in" / name).unlink()
     assert run("in", "--out", "in/out", "--seed", 3, cwd=desk).returncode == 0
     other = run("in", "--out", "in/out", "--seed", 4, cwd=desk)
-    assert other.returncode == 2 and "--seed" in other.stderr and (out / "labels.jsonl").read_bytes() == text
+    assert (
+        other.returncode == 2
+        and "--seed" in other.stderr
+        and (out / "labels.jsonl").read_bytes() == text
+    )
 
 
 def test_a_folder_with_given_types_and_levels(desk):
@@ -428,20 +501,25 @@ def test_a_folder_with_given_types_and_levels(desk):
     out = run("in", "--types", "jpeg", "Noise", "--levels", "0.23", "0.9", cwd=desk)
     assert out.returncode == 0, out.stderr
     lines = (desk / "in-degraded/labels.jsonl").read_text(encoding="utf-8").splitlines()
-    degradations = [[(d["type"], d["intensity"]) for d in json.loads(line)["degradations"]] for line in lines]
+    degradations = [
+        [(d["type"], d["intensity"]) for d in json.loads(line)["degradations"]] for line in lines
+    ]
     assert degradations == [[("compression", s), ("noise", s)] for s in (0.23, 0.9)]
-    assert (desk / "in-degraded/23/a.png").exists() and (desk / "in-degraded/90/a.png").exists()
+    assert (desk / "in-degraded/23/a.png.png").exists()
+    assert (desk / "in-degraded/90/a.png.png").exists()
 
 
 def test_gallery_and_list(desk, monkeypatch, capsys):
     save(desk / "photo.jpg", cv2.resize(drawn_picture(), (300, 200)))
     monkeypatch.chdir(desk)
     assert module.main(["--gallery", "photo.jpg", "--out", "sheet.png"]) == 0
-    assert load(desk / "sheet.png").shape == (30 + 16 * 160, 200 + 5 * 240, 3)
+    assert load(desk / "sheet.png").shape == (16 * (30 + 160), 5 * 240, 3)
     capsys.readouterr()
     assert module.main(["--list"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in DEGRADATIONS) and all(f"{stage}\n" in printed for stage in STAGES)
+    assert all(f"  {name} " in printed for name in DEGRADATIONS) and all(
+        f"{stage}\n" in printed for stage in STAGES
+    )
 
 
 @pytest.mark.parametrize(
@@ -460,7 +538,9 @@ def test_gallery_and_list(desk, monkeypatch, capsys):
         (["folder", "--levels", "2"], r"\[0, 1\]"),
     ],
 )
-def test_a_wrong_argument_is_named_and_nothing_is_written(arguments, message, tmp_path, monkeypatch, capsys):
+def test_a_wrong_argument_is_named_and_nothing_is_written(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no")
