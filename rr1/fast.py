@@ -61,41 +61,56 @@ def branches(share: int, owner: Tensor, dtype: torch.dtype) -> dict[str, Branche
     place = [0, 1, 2, 3, 4, 5, 6], since a's results are 4 and 5, b's 6 and 7.
     """
     B, N = owner.shape
-    prompt_length = (owner == PROMPT).sum(dim=1)  # (B,)
+    is_prompt = owner == PROMPT
+    prompt_length = is_prompt.sum(dim=1)  # (B,)
     P = int(prompt_length.max())
-    column = (owner.flatten() >= 0).nonzero()[:, 0]  # of all response tokens, (T,)
-    response = column // N * N + owner.flatten()[column]  # a number of its own for each, (T,)
+    column = (owner >= 0).flatten().nonzero()[:, 0]  # of all response tokens, (T,)
+    row = column // N
+    response = row * N + owner.flatten()[column]  # a number of its own for each, (T,)
     length = response.unique_consecutive(return_counts=True)[1]  # (R,)
     own = pad_sequence(column.split(length.tolist()), batch_first=True)  # (R, L)
     R, L = own.shape
-    is_token = torch.arange(L, device=owner.device) < length[:, None]  # (R, L)
     row = own[:, 0] // N  # (R,)
 
-    in_prompt = torch.arange(P, device=owner.device) < prompt_length[:, None]  # (B, P)
-    place = torch.zeros(B, N, dtype=torch.long, device=owner.device)
-    place[owner == PROMPT] = in_prompt.flatten().nonzero()[:, 0]
-    place[owner >= 0] = B * P + is_token.flatten().nonzero()[:, 0]
+    token = torch.arange(max(P, L), device=owner.device)
+    in_prompt = token[:P] < prompt_length[:, None]  # (B, P)
+    in_response = token[:L] < length[:, None]  # (R, L)
+    place = torch.zeros_like(owner)
+    place[is_prompt] = in_prompt.flatten().nonzero()[:, 0]
+    place[owner >= 0] = B * P + in_response.flatten().nonzero()[:, 0]
 
     sees_prompt = in_prompt[row][:, None].expand(R, L, P)
-    sees_itself = is_token.new_ones(L, L).tril().expand(R, L, L)
-    visible = torch.cat([sees_prompt, sees_itself], dim=2)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=owner.device)
-    mask = mask.masked_fill(~visible, float("-inf")).repeat(1, share, 1)[:, None]
+    sees_itself = in_response.new_ones(L, L).tril().expand(R, L, L)
+    mask = additive(torch.cat([sees_prompt, sees_itself], dim=2), share, dtype)
     return {"full_attention": Branches(P, row, own, place, mask)}
 
 
+def additive(visible: Tensor, share: int, dtype: torch.dtype) -> Tensor:
+    """What rows may look at, (B, q, n), -> (B, 1, share q, n), 0 or -inf: added to the scores."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask = mask.masked_fill(~visible, float("-inf"))
+    return mask.repeat(1, share, 1)[:, None]
+
+
 def branch_attention(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **options
-):
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Branches | Tensor | None,
+    scaling: float | None = None,
+    **options,
+) -> tuple[Tensor, None]:
     """Attention of packed rows: query (B, heads, N, size), key and value (B, shared, N, size) ->
     (B, N, heads, size). With any other mask it is the attention of `transformers`."""
     packed = attention_mask
     if not isinstance(packed, Branches):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
-    heads, shared, size = query.shape[1], key.shape[1], query.shape[3]
-    P, (R, L) = packed.P, packed.own.shape
+        options |= {"attention_mask": packed, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, **options)
+    P = packed.P
+    R, L = packed.own.shape
+    _, heads, _, size = query.shape
+    shared = key.shape[1]
 
     def by_column(x: Tensor) -> Tensor:  # (.., heads, columns, size) -> (all columns, heads, size)
         return x.transpose(1, 2).flatten(0, 1)
@@ -104,20 +119,29 @@ def branch_attention(
         return by_column(x)[packed.own].transpose(1, 2)
 
     # 1. the prompts, each causally among itself
-    prompt_key, prompt_value = key[:, :, :P], value[:, :, :P]
+    prompt_key = key[:, :, :P]
+    prompt_value = value[:, :, :P]
     of_prompts = F.scaled_dot_product_attention(
-        query[:, :, :P], prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=True
+        query[:, :, :P],
+        prompt_key,
+        prompt_value,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=True,
     )
     # 2. the responses, each at its prompt and itself; heads that share keys: rows of one product
     keys = torch.cat([prompt_key[packed.row], of_responses(key)], dim=2)  # (R, shared, P + L, size)
     values = torch.cat([prompt_value[packed.row], of_responses(value)], dim=2)
-    queries = of_responses(query).reshape(R, shared, heads // shared * L, size)
     mixed = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=packed.mask, scale=scaling
+        of_responses(query).reshape(R, shared, -1, size),
+        keys,
+        values,
+        attn_mask=packed.mask,
+        scale=scaling,
     )
     # 3. back to the columns of the rows
-    mixed = mixed.reshape(R, heads, L, size)
-    return torch.cat([by_column(of_prompts), by_column(mixed)])[packed.place], None
+    results = by_column(of_prompts), by_column(mixed.reshape(R, heads, L, size))
+    return torch.cat(results)[packed.place], None
 
 
 AttentionInterface.register("branches", branch_attention)
@@ -133,7 +157,8 @@ class Columns(DynamicLayer):
 
     def __init__(self, capacity: int):
         super().__init__()
-        self.capacity, self.used = capacity, 0
+        self.capacity = capacity
+        self.used = 0
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         B, shared, _, size = values.shape
@@ -145,10 +170,11 @@ class Columns(DynamicLayer):
         """Add new columns (B, shared, q, size) -> all (B, shared, n, size)."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        start, self.used = self.used, self.used + keys.shape[2]
-        self.keys[:, :, start : self.used] = keys
-        self.values[:, :, start : self.used] = values
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        new = slice(self.used, self.used + keys.shape[2])
+        self.keys[:, :, new] = keys
+        self.values[:, :, new] = values
+        self.used = new.stop
+        return self.keys[:, :, : new.stop], self.values[:, :, : new.stop]
 
     def get_seq_length(self) -> int:
         return self.used
@@ -167,36 +193,46 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, heads, q, size): the pair (x_i, x_{i + size/2}) is turned by its
     angle. For text the three axes of M-RoPE say the same."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat(turned, dim=-1)
 
 
 def decoding_step(
-    model, embeddings: Tensor, position: Tensor, visible: Tensor, cache: Cache
+    model,
+    embeddings: Tensor,
+    position: Tensor,
+    visible: Tensor,
+    cache: Cache,
 ) -> Tensor:
     """`rollout.decoding_step`, where heads that share keys are rows of one product, so that no key
     is copied for each of them."""
-    text, x = model.model.language_model, embeddings
+    text = model.model.language_model
+    x = embeddings
     B, q, _ = x.shape
+    heads = text.config.num_attention_heads
     shared = text.config.num_key_value_heads
-    share = text.config.num_attention_heads // shared
     # in float32, as the library has it: (B, 1, 1, size / 2)
     angle = position[:, None, None, None].float() * text.rotary_emb.inv_freq.float()
     scale = text.rotary_emb.attention_scaling
-    cos, sin = (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
-    mask = torch.zeros(visible.shape, dtype=cache.layers[0].keys.dtype, device=x.device)
-    mask = mask.masked_fill(~visible, float("-inf")).repeat(1, share, 1)[:, None]
+    cos = (angle.cos() * scale).to(x.dtype)
+    sin = (angle.sin() * scale).to(x.dtype)
+    mask = additive(visible, heads // shared, cache.layers[0].keys.dtype)
 
     for layer, columns in zip(text.layers, cache.layers, strict=True):
         attention = layer.self_attn
         by_head = (B, q, -1, attention.head_dim)
         h = norm(layer.input_layernorm, x)
-        queries = rotate(attention.q_proj(h).view(by_head).transpose(1, 2), cos, sin)
-        keys = rotate(attention.k_proj(h).view(by_head).transpose(1, 2), cos, sin)
-        values = attention.v_proj(h).view(by_head).transpose(1, 2)  # (B, shared, q, size)
-        keys, values = columns.update(keys, values)  # (B, shared, n, size)
-        queries = queries.reshape(B, shared, share * q, -1)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        mixed = mixed.reshape(B, shared * share, q, -1).transpose(1, 2).reshape(B, q, -1)
-        x = x + attention.o_proj(mixed)
+        queries = attention.q_proj(h).view(by_head).transpose(1, 2)  # (B, heads, q, size)
+        keys = attention.k_proj(h).view(by_head).transpose(1, 2)  # (B, shared, q, size)
+        values = attention.v_proj(h).view(by_head).transpose(1, 2)
+        keys, values = columns.update(rotate(keys, cos, sin), values)  # (B, shared, n, size)
+        mixed = F.scaled_dot_product_attention(
+            rotate(queries, cos, sin).reshape(B, shared, -1, attention.head_dim),
+            keys,
+            values,
+            attn_mask=mask,
+        )
+        mixed = mixed.reshape(B, heads, q, -1).transpose(1, 2)
+        x = x + attention.o_proj(mixed.reshape(B, q, -1))
         x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
     return norm(text.norm, x)

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from rr1.chain import IMAGE
 
+IMAGE_PAD = "<|image_pad|>"
 # Tokens that stand for pixels or frame them, or begin a turn. A policy that wrote one would break
 # its own next forward pass, so none is sampled.
 NEVER_SAMPLED = """
@@ -43,7 +44,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         vocabulary = tokenizer.get_vocab()
-        self.image_token_id = vocabulary["<|image_pad|>"]
+        self.image_token_id = vocabulary[IMAGE_PAD]
         self.end_id = vocabulary["<|im_end|>"]
         self.banned_ids = [vocabulary[token] for token in NEVER_SAMPLED if token in vocabulary]
 
@@ -99,18 +100,15 @@ class Processor:
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        tokens = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        placeholders = tokens.count(self.image_token_id)
-        if placeholders != len(visual_tokens):
+        expanded, *rest = rendered.split(IMAGE_PAD)
+        if len(rest) != len(visual_tokens):
             raise ValueError(
-                f"{placeholders} image placeholders for {len(visual_tokens)} images: "
-                f"the text must not spell <|image_pad|>; got {text!r}"
+                f"{len(rest)} image placeholders for {len(visual_tokens)} images: "
+                f"the text must not spell {IMAGE_PAD}; got {text!r}"
             )
-        ids: list[int] = []
-        counts = iter(visual_tokens)
-        for token in tokens:
-            ids += [token] * (next(counts) if token == self.image_token_id else 1)
-        return ids
+        for n, piece in zip(visual_tokens, rest):
+            expanded += IMAGE_PAD * n + piece
+        return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
 
     def response_ids(self, text: str) -> list[int]:
         """Token ids of a response and its end-of-turn token, which is trained and sampled too."""
@@ -272,17 +270,16 @@ def pack(prompts: Sequence[Prompt], responses: Groups) -> Packed:
     token at the one before it."""
     rows, positions, owners = [], [], []
     for prompt, group in zip(prompts, responses, strict=True):
-        row, position = [prompt.ids], [prompt.positions]
-        owner = [torch.full_like(prompt.ids, PROMPT)]
+        ids, owner, steps = [], [PROMPT] * len(prompt.ids), []
         for number, response in enumerate(group):
-            ids = prompt.ids.new_tensor(response)  # (L,)
-            steps = prompt.next_position + torch.arange(len(ids), device=ids.device)
-            row.append(ids)
-            position.append(steps.expand(3, -1))
-            owner.append(torch.full_like(ids, number))
+            ids += response
+            owner += [number] * len(response)
+            steps += range(len(response))
+        row = [prompt.ids, prompt.ids.new_tensor(ids)]
+        after = prompt.next_position + prompt.ids.new_tensor(steps).expand(3, -1)
         rows.append(torch.cat(row))
-        positions.append(torch.cat(position, dim=1).T)
-        owners.append(torch.cat(owner))
+        positions.append(torch.cat([prompt.positions, after], dim=1).T)
+        owners.append(prompt.ids.new_tensor(owner))
     ids = pad_sequence(rows, batch_first=True)
     positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
     owner = pad_sequence(owners, batch_first=True, padding_value=NOBODY)
