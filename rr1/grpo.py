@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LOSSES = ("grpo", "dr_grpo", "dapo")
+LARGEST_EXPONENT = 20.0  # exp of it is 5e8: far beyond any clip, far below what float32 holds
 
 
 def group_advantages(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
@@ -36,9 +37,9 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """The k3 estimate of KL(pi_theta || pi_ref): exp(q) - q - 1 with q = logp_ref - logp; (N, L).
 
     It is never negative, and 0 where the two agree. Its gradient 1 - exp(q) depends on the
-    reference; that of the plain log-ratio, k1, does not.
+    reference; that of the plain log-ratio, k1, does not. Beyond LARGEST_EXPONENT q is a constant.
     """
-    q = logp_ref.detach() - logp
+    q = (logp_ref.detach() - logp).clamp(max=LARGEST_EXPONENT)
     return q.exp() - q - 1
 
 
@@ -107,7 +108,8 @@ def policy_loss(
     high = clip if clip_high is None else clip_high
 
     # masked_fill before exp: what stands in the padding reaches neither the loss nor the gradient
-    ratio = (logp - logp_old.detach()).masked_fill(~mask, 0).exp()  # (N, L)
+    log_ratio = (logp - logp_old.detach()).masked_fill(~mask, 0)  # (N, L)
+    ratio = log_ratio.clamp(max=LARGEST_EXPONENT).exp()
     per_token = -clipped_objective(ratio, A, clip, high)  # (N, L)
     statistics = {
         "tokens": mask.sum(),

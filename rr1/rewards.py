@@ -7,8 +7,10 @@ A reward is a plain function `(response, record) -> float`, a user's own too:
         return -response.length / 100
 
 `response` is a `Response`: the text, which also knows .length, .chain and .truncated. `record` is a
-dict: "chain" (the true Chain), "length" (its tokens), "answer" (str or None), "question", "choices"
-(list or None), "image" (path, or a list of several), "id".
+dict: "degradations" (the true types and intensities), "length" (the tokens to aim for: those of
+the true chain, or what the record itself says, by Eq. 7), "answer" (str or None), "question",
+"choices" (list or None), "image" (path, or a list of several), "id", "response" and "chain" (the
+true chain as text, None where there is none, and parsed).
 """
 
 import importlib.util
@@ -24,6 +26,7 @@ from degrade import Degradation
 from rr1.answers import choice_index, plain
 from rr1.chain import Chain, is_well_formed, parse
 
+LARGEST = 3.4028234e38  # of float32, in which advantages are computed with
 Instances = list[Degradation]
 Reward = Callable[["Response", dict], float]
 
@@ -36,6 +39,9 @@ class Response(str):
         response = super().__new__(cls, text)
         response.length, response.truncated = length, truncated
         return response
+
+    def __getnewargs__(self):  # for copy and pickle
+        return str(self), self.length, self.truncated
 
     @cached_property
     def chain(self) -> Chain:
@@ -95,12 +101,13 @@ def r_deg_pairwise(predicted: Instances, truth: Instances) -> float:
     and of -1 where not.
 
     Of J true types, k named rightly and none wrongly, it pays k (2 - J) minus the intensity errors:
-    about 0 for any answer at J = 2, and silence is best at J = 3.
+    about 0 for any answer at J = 2, and silence is best at J = 3. A difference counts at most 1,
+    however large a number the policy writes.
     """
     total = 0.0
     for tau_d, s_d in predicted:
         for tau_gt, s_gt in truth:
-            total += 1 - abs(s_d - s_gt) if tau_d == tau_gt else -1
+            total += 1 - min(1, abs(s_d - s_gt)) if tau_d == tau_gt else -1
     return total
 
 
@@ -108,12 +115,13 @@ def r_deg_released(predicted: Instances, truth: Instances) -> float:
     """The published code's sum: each predicted instance of a true type, a repeated one too, earns
     1 + (0.5 - |s_d - s_GT|); every other predicted instance and every true type not named costs 1.
 
-    Of a type that is true twice the last intensity counts.
+    Of a type that is true twice the last intensity counts. A difference counts at most 1.
     """
     true_intensity = dict(truth)
     total = 0.0
     for tau, s_d in predicted:
-        total += 1.5 - abs(s_d - true_intensity[tau]) if tau in true_intensity else -1
+        s_gt = true_intensity.get(tau)
+        total += -1 if s_gt is None else 1.5 - min(1, abs(s_d - s_gt))
     missed = true_intensity.keys() - dict(predicted).keys()
     return total - len(missed)
 
@@ -166,7 +174,7 @@ def accuracy(response: Response, record: dict) -> float:
 
 def _deg(reading):
     def deg(response, record):
-        return reading(response.chain.degradations, record["chain"].degradations)
+        return reading(response.chain.degradations, record["degradations"])
 
     return deg
 
@@ -201,8 +209,8 @@ def composite(
     """Eq. 9: R = r_deg + r_len, for any rewards: sum of weight * reward -> (R, {name: its value}).
 
     `weights` in the order of `rewards`, default 1 each. A broken reward must not train a model: one
-    that raises (RuntimeError) or does not return a finite number (ValueError) is an error that
-    names it and the record.
+    that raises (RuntimeError), or that is no number or outside float32's range (ValueError), is an
+    error that names it and the record; a sum outside that range is one, too.
     """
     weights = weights or [1.0] * len(rewards)
     if len(weights) != len(rewards):
@@ -214,10 +222,14 @@ def composite(
             value = reward(response, record)
         except Exception as error:
             raise RuntimeError(f"{where} failed: {type(error).__name__}: {error}") from error
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:
             raise ValueError(f"{where} returned {value!r}; expected a finite number")
         values[name] = float(value)
-    return math.fsum(w * value for w, value in zip(weights, values.values())), values
+    total = sum(weight * value for weight, value in zip(weights, values.values()))
+    if not abs(total) <= LARGEST:
+        where = f"record {record.get('id')!r}"
+        raise ValueError(f"the rewards of {where} sum to {total}; see --reward-weights {weights}")
+    return float(total), values
 
 
 def load_rewards(names: Sequence[str]) -> dict[str, Reward]:

@@ -322,6 +322,40 @@ def test_masks_of_any_type(dtype):
     )
 
 
+# ---------------------------------------------------------------- what float32 cannot hold
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("A", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("far", [100.0, -100.0, 5000.0, -5000.0])
+def test_a_log_ratio_far_out_leaves_loss_and_gradient_finite(loss, A, far):
+    logp = torch.tensor([[-1.0, -2.0]])
+    moved = logp - torch.tensor([[far, 0.0]])
+    for logp_old, logp_ref in ((moved, logp), (logp, moved)):
+        value, gradient, statistics = loss_and_gradient(
+            logp, logp_old, torch.tensor([A]), torch.ones(1, 2),
+            logp_ref=logp_ref, beta=0.04, loss=loss,
+        )  # fmt: skip
+        assert value.isfinite() and gradient.isfinite().all()
+        assert all(total.isfinite() for total in statistics.values())
+
+
+def test_the_kl_term_still_pulls_where_the_reference_finds_a_token_all_but_impossible():
+    logp = torch.tensor([[-1.0]], dtype=f64, requires_grad=True)
+    kl = kl_to_reference(logp, logp.detach() - 500)
+    assert torch.autograd.grad(kl.sum(), logp)[0].item() == 1  # downhill is less of that token
+    assert kl.item() == pytest.approx(499)
+
+
+def test_within_the_largest_exponent_nothing_is_clamped():
+    for q in (-30.0, 0.3, 19.9):
+        logp = torch.tensor([[-25.0]], dtype=f64, requires_grad=True)
+        kl = kl_to_reference(logp, logp.detach() + q)
+        assert kl.item() == pytest.approx(math.exp(q) - q - 1, rel=1e-12)
+        gradient = torch.autograd.grad(kl.sum(), logp)[0].item()
+        assert gradient == pytest.approx(1 - math.exp(q), rel=1e-12)
+
+
 # ---------------------------------------------------------------- the interface
 
 

@@ -1,6 +1,8 @@
 """Eq. 6-9: rewards, by hand-made cases and against slow literal writings of the equations."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -25,7 +27,8 @@ STEADY = dict(derandomize=True, deadline=None, suppress_health_check=[HealthChec
 TRUTH = [("lens blur", 0.5), ("noise", 0.2)]
 CHAIN = Chain(TRUTH, "soft edges", "four cars in a row", "they are trucks", "0")
 RECORD = {
-    "id": "photo-7", "chain": CHAIN, "length": 40, "answer": "0", "question": "What are these?",
+    "id": "photo-7", "chain": CHAIN, "degradations": CHAIN.degradations, "length": 40,
+    "answer": "0", "question": "What are these?",
     "choices": ["trucks", "wagons", "jeeps", "cars"], "image": "photo-7.jpg",
 }  # fmt: skip
 
@@ -49,6 +52,13 @@ def test_a_response_is_a_text_that_knows_more():
     assert isinstance(r, str) and r == render(CHAIN) and (r.length, r.truncated) == (40, True)
     assert r.chain == CHAIN and r.chain is r.chain  # parsed once
     assert Response("words", 1).truncated is False
+
+
+def test_a_response_can_be_copied_and_pickled():
+    r = Response(render(CHAIN), 40, truncated=True)
+    for again in (copy.copy(r), copy.deepcopy(r), pickle.loads(pickle.dumps(r))):
+        assert again == r and type(again) is Response
+        assert (again.length, again.truncated, again.chain) == (40, True, CHAIN)
 
 
 # ---------------------------------------------------------------- Eq. 6, matched
@@ -159,7 +169,7 @@ def test_pairwise_is_the_double_sum(predicted, truth):
     total = 0.0
     for tau, s in predicted:
         for tau_gt, s_gt in truth:
-            total += (tau == tau_gt) * (1 - abs(s - s_gt)) - (tau != tau_gt)
+            total += (tau == tau_gt) * (1 - min(1, abs(s - s_gt))) - (tau != tau_gt)
     assert r_deg(predicted, truth, "pairwise") == pytest.approx(total, abs=1e-12)
 
 
@@ -188,6 +198,16 @@ def test_nothing_predicted_and_nothing_true_is_0():
 def test_an_unknown_reading_says_which_there_are():
     with pytest.raises(ValueError, match="'match'.*matched, pairwise, released"):
         r_deg([], [], "match")
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_no_number_that_a_policy_writes_ends_a_run(reading):
+    """1e39 is a finite float and no float32: a difference counts at most 1."""
+    for number in ("9" * 40, "-" + "9" * 39, "47"):
+        y = Response(f"<TYPE>noise({number})<TYPE_END>", 9)
+        name = "deg" if reading == "matched" else f"deg_{reading}"
+        total, _ = composite(y, RECORD | {"degradations": [("noise", 0.2)]}, load_rewards([name]))
+        assert total == {"matched": -2, "pairwise": 0, "released": 0.5}[reading]
 
 
 # ---------------------------------------------------------------- Eq. 8, format, accuracy
@@ -300,7 +320,7 @@ def own(tmp_path):
         "def brevity(response, record):\n"
         "    return -response.length / Scale().by\n"
         "def same_types(response, record):\n"
-        "    said, true = response.chain.degradations, record['chain'].degradations\n"
+        "    said, true = response.chain.degradations, record['degradations']\n"
         "    return {d.type for d in said} == {d.type for d in true}\n"
         "def knows_the_record(response, record):\n"
         "    return len(record['question']) + len(record['image']) + int(record['answer'])\n"
@@ -370,3 +390,22 @@ def test_numpy_numbers_are_numbers():
     assert total == 2.5 and all(type(value) is float for value in values.values())
     with pytest.raises(ValueError, match="inf"):
         composite(response(), RECORD, {"inf": lambda r, record: np.float64(math.inf)})
+
+
+def test_what_float32_cannot_hold_is_named():
+    for value in (1e39, -1e39, 10**400):
+        with pytest.raises(ValueError, match="'big' on record 'photo-7' returned"):
+            composite(response(), RECORD, {"big": lambda r, record: value})
+    fine = {"a": lambda r, record: 3e38, "b": lambda r, record: 3e38}
+    with pytest.raises(ValueError, match="record 'photo-7' sum to 6e[+]38; see --reward-weights"):
+        composite(response(), RECORD, fine)
+    with pytest.raises(ValueError, match="sum to nan; see --reward-weights"):
+        composite(response(), RECORD, load_rewards(["deg"]), [math.nan])
+    assert composite(response(), RECORD, fine, [1, -1])[0] == 0
+
+
+def test_rewards_read_the_records_damage_and_not_its_chain():
+    """A record for reinforcement learning may have no chain."""
+    record = RECORD | {"chain": Chain(), "response": None, "degradations": [("noise", 0.2)]}
+    paid = composite(response(degradations=[("noise", 0.3)]), record, REWARDS)[1]
+    assert paid["deg"] == pytest.approx(0.9) and paid["deg_released"] == pytest.approx(1.4)
