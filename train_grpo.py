@@ -122,8 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     found = data.split(records.read(path, config.images, config.skip_bad), config.part)
     policy, processor = shard.load(config, rt)
     fast.enable(policy)  # delete this line and rr1/fast.py, and all still runs
-    if config.skip_bad:
-        found = data.leave_out_bad(found, processor, config.max_image_tokens, run.out, rt)
+    check = partial(check_record, config, processor, policy)
+    found = data.usable(found, check, rt, run.out if config.skip_bad else None)
     reference = None
     if config.beta:
         visual = policy.model.visual  # frozen, so one tower serves both
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     first = run.load(policy, optimizer)
     if rt.is_main:
         print(f"{vlm.count_parameters(policy)}; {len(found)} records from {path}")
-    load = partial(load_step, config, rt, processor, found)
+    load = partial(load_step, config, rt, processor, policy, found)
     score = partial(log_probabilities, config, rt, processor)
 
     with runtime.Interrupt(rt) as interrupt:
@@ -200,16 +200,28 @@ def main(argv: list[str] | None = None) -> None:
     runtime.teardown(rt)
 
 
-def load_step(config: Config, rt: runtime.Runtime, processor, found: records.Records, step: int):
+def check_record(config: Config, processor, policy, record: dict) -> None:
+    """DataError where a record cannot be used; with --skip-bad its pictures are looked at, too."""
+    records.check_truth(record, config.rewards)
+    if config.skip_bad:
+        load_prompts(config, processor, policy, [record])
+
+
+def load_prompts(config: Config, processor, policy, chosen: list[dict]) -> data.Batch:
+    batch = data.load_batch(chosen, processor, config.max_image_tokens)
+    data.check_room(policy, chosen, batch, [config.max_new_tokens] * len(chosen))
+    return batch
+
+
+def load_step(config, rt: runtime.Runtime, processor, policy, found: records.Records, step: int):
     """This process's share of a step: records, a seed for each, pictures and questions."""
     indices = data.batch_indices(len(found), config.prompts, step, config.seed)
     chosen, seeds = [], []
     for place in range(rt.rank, config.prompts, rt.world_size):
         record = found[indices[place]]
-        truth = processor.response_ids(record["response"])
-        chosen.append(record | {"length": len(truth) - 1})  # without the end of turn
+        chosen.append(record | {"length": data.true_length(record, processor)})
         seeds.append(data.seed_for(config.seed, step, place))
-    return chosen, seeds, data.load_batch(chosen, processor, config.max_image_tokens)
+    return chosen, seeds, load_prompts(config, processor, policy, chosen)
 
 
 def to_text(r: rollout.Rollout, processor: vlm.Processor) -> rewards.Response:

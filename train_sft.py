@@ -99,9 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     found = data.split(records.read(path, config.images, config.skip_bad), config.part)
     model, processor = shard.load(config, rt)
     fast.enable(model)  # delete this line and rr1/fast.py, and all still runs
-    if config.skip_bad:
-        limit = config.max_image_tokens
-        found = data.leave_out_bad(found, processor, limit, run.out, rt, config.plain)
+    check = partial(check_record, config, processor, model)
+    found = data.usable(found, check, rt, run.out if config.skip_bad else None)
     model.model.language_model.train()  # the frozen tower has nothing to compute again
     if config.shard:
         shard.shard(model, rt)
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     if rt.is_main:
         print(f"{vlm.count_parameters(model)}; {len(found)} records from {path}")
 
-    load = partial(load_step, config, rt, processor, found)
+    load = partial(load_step, config, rt, processor, model, found)
     batches = data.prefetch(load, range(first, config.steps), config.workers)
     with runtime.Interrupt(rt) as interrupt:
         for step, (batch, responses) in batches:
@@ -152,13 +151,25 @@ def main(argv: list[str] | None = None) -> None:
     runtime.teardown(rt)
 
 
-def load_step(config: Config, rt: runtime.Runtime, processor, found: records.Records, step: int):
+def check_record(config: Config, processor, model, record: dict) -> None:
+    """DataError where a record cannot be used; with --skip-bad its pictures are looked at, too."""
+    data.response_ids(record, processor, config.plain)
+    if config.skip_bad:
+        load_examples(config, processor, model, [record])
+
+
+def load_step(config, rt: runtime.Runtime, processor, model, found: records.Records, step: int):
     """This process's share of a step: pictures and questions, and the responses' tokens."""
     indices = data.batch_indices(len(found), config.batch, step, config.seed)
     chosen = [found[i] for i in indices[rt.rank :: rt.world_size]]
-    texts = [data.plain_answer(r) if config.plain else r["response"] for r in chosen]
+    return load_examples(config, processor, model, chosen)
+
+
+def load_examples(config: Config, processor, model, chosen: list[dict]):
+    responses = [data.response_ids(r, processor, config.plain) for r in chosen]
     batch = data.load_batch(chosen, processor, config.max_image_tokens, config.plain)
-    return batch, [processor.response_ids(text) for text in texts]
+    data.check_room(model, chosen, batch, map(len, responses))
+    return batch, responses
 
 
 def micro_batches(batch: data.Batch, responses: list[list[int]], size: int) -> list[list[int]]:

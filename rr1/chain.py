@@ -82,6 +82,12 @@ def parse(text: str) -> Chain:
     return Chain([instance for instance in instances if instance is not None], *texts)
 
 
+def stated_types(text: str) -> list[Degradation] | None:
+    """The instances of the TYPE section; None where it is missing or any of it cannot be read."""
+    body = _section(text, "TYPE")
+    return None if body is None else _listed(body)
+
+
 def is_well_formed(text: str) -> bool:
     """Whether `text` is a chain as Eq. 4 has it.
 
@@ -167,11 +173,18 @@ def _written(s: float) -> str:
     return f"{s:.2f}" if 0 <= s <= 1 else repr(s)
 
 
-def _well_formed_types(body: str) -> bool:
-    if not body.strip():
-        return True
-    for item in (item.strip() for item in body.split(",", MAX_INSTANCES - 1)):
+def _listed(body: str) -> list[Degradation] | None:
+    """`name(number), ..` -> instances; None if any of them cannot be read."""
+    instances = []
+    for item in body.split(",", MAX_INSTANCES - 1) if body.strip() else ():
+        item = item.strip()
         instance = _instance(item[:-1]) if item.endswith(")") else None
-        if instance is None or not 0 <= instance.intensity <= 1 or not _known(instance.type):
-            return False
-    return True
+        if instance is None:
+            return None
+        instances.append(instance)
+    return instances
+
+
+def _well_formed_types(body: str) -> bool:
+    instances = _listed(body)
+    return instances is not None and all(0 <= s <= 1 and _known(tau) for tau, s in instances)

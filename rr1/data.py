@@ -88,36 +88,38 @@ def open_pictures(
     return images
 
 
-def leave_out_bad(
-    records: Records,
-    processor: Processor,
-    max_image_tokens: int,
-    out: Path,
-    rt: runtime.Runtime,
-    plain: bool = False,
+def usable(
+    records: Records, check: Callable[[dict], Any], rt: runtime.Runtime, out: Path | None = None
 ) -> Records:
-    """--skip-bad: the records whose pictures can be used; with `plain`, those with an answer.
+    """The records that `check` accepts, each tried once; it raises DataError for a bad one.
 
-    Each is tried once. What is left out, lines that `read` could not use included, is printed and
-    written to out/skipped.json; a resumed run goes by that file.
+    Without `out` the first bad one is an error. With it (--skip-bad) they are left out: these, and
+    lines that `read` could not use, are printed and written to out/skipped.json, and a resumed run
+    goes by that file.
     """
-    path = out / "skipped.json"
 
     def problem(i: int) -> str | None:
         try:
-            open_pictures(records[i], processor, max_image_tokens)
-            if plain:
-                plain_answer(records[i])
+            check(records[i])
         except DataError as error:
+            if out is None:
+                raise
             return str(error)
 
+    def problems() -> dict[int, str]:
+        with ThreadPool() as pool:
+            tried = pool.imap(problem, range(len(records)), chunksize=64)
+            quiet = None if rt.is_main else True
+            bar = tqdm(tried, "trying records", len(records), delay=2, disable=quiet)
+            return {i: why for i, why in enumerate(bar) if why}
+
+    if out is None:
+        problems()
+        return records
+    path = out / "skipped.json"
     with runtime.main_first(rt):
         if rt.is_main and not path.exists():
-            with ThreadPool() as pool:
-                tried = pool.imap(problem, range(len(records)), chunksize=64)
-                bar = tqdm(tried, "trying records", len(records), delay=2, disable=None)
-                found = {i: why for i, why in enumerate(bar) if why}
-            write_json(path, {"lines": records.bad, "records": found}, indent=1)
+            write_json(path, {"lines": records.bad, "records": problems()}, indent=1)
     skipped = json.loads(path.read_text(encoding="utf-8"))
     reasons = [*skipped["lines"], *skipped["records"].values()]
     if rt.is_main and reasons:
@@ -135,13 +137,24 @@ def short_answer(record: dict) -> str | None:
     return None if record["answer"] is None else str(record["answer"])
 
 
-def plain_answer(record: dict) -> str:
-    """The response to train on without a chain; DataError where there is none."""
-    answer = short_answer(record)
-    if answer is None:
-        problem = "there is no answer to train on without its chain"
-        raise DataError(f'{record["where"]}: {problem}: expected an ANSWER section, or "answer"')
-    return answer
+def response_ids(record: dict, processor: Processor, plain: bool = False) -> list[int]:
+    """Token ids of the true chain, or with `plain` of the answer alone, and the end of turn.
+
+    DataError where there is none.
+    """
+    text = short_answer(record) if plain else record["response"]
+    if text is None:
+        missing = "answer: expected an ANSWER section, or" if plain else "chain: expected"
+        field = '"answer"' if plain else "a gpt turn"
+        raise DataError(f"{record['where']}: there is no {missing} {field}")
+    return processor.response_ids(text)
+
+
+def true_length(record: dict, processor: Processor) -> int | None:
+    """The tokens that r_len aims for: the record's "length", or those of its chain, Eq. 7 and 8."""
+    if record["response"] is None or "length" in record:
+        return record.get("length")
+    return len(response_ids(record, processor)) - 1  # without the end of turn
 
 
 # ---------------------------------------------------------------- batches
@@ -190,6 +203,15 @@ def load_batch(
     images = [open_pictures(r, processor, max_image_tokens) for r in records]
     texts = [r["question"] if plain else build_prompt(r["question"]) for r in records]
     return collate(texts, images, processor)
+
+
+def check_room(model, records: Sequence[dict], batch: Batch, lengths: Iterable[int]) -> None:
+    """DataError where a prompt and a response of so many tokens exceed the model's positions."""
+    positions = model.config.text_config.max_position_embeddings
+    for record, ids, length in zip(records, batch.ids, lengths, strict=True):
+        if len(ids) + length > positions:
+            tokens = f"{len(ids)} tokens of prompt and {length} of response"
+            raise DataError(f"{record['where']}: {tokens}, more than the model's {positions}")
 
 
 def encode(model, batch: Batch) -> list[Prompt]:

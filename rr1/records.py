@@ -7,12 +7,13 @@ Four forms, told apart by their fields, as JSON lines or as one JSON list:
                        {"from": "gpt", "value": "<TYPE>noise(0.20)<TYPE_END>.."}]}
     our own        the same, and beside it "choices", "answer", "degradations", "seed", ..
     LLaMA-Factory  {"messages" or "conversations": [{"role" or "from", "content" or "value"}, ..],
-                    "images": [..] or ".."}
+                    "images": [..] or ".."}; content may be a list of parts, as TRL has it
     A-OKVQA        {"question_id", "image_id", "split", "question", "choices", "correct_choice_idx",
                     ..}, beside a COCO folder: its picture is {split}2017/{image_id:012}.jpg
 
 Several pictures in one record: "image" (or "images") is a list of paths, and the human turn says
-<image> as many times.
+<image> as many times. For reinforcement learning no chain is needed: a record without a gpt turn
+has "degradations" and, for r_len, "length", the tokens to aim for.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ import copy
 import json
 import os
 import re
+import sys
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from degrade import Degradation
-from rr1.chain import IMAGE, Chain, build_question, parse, render
+from rr1.chain import IMAGE, Chain, build_question, parse, render, stated_types
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 MARKS_IN_FRONT = re.compile(rf"(\s*{IMAGE})*")
@@ -47,18 +51,29 @@ def image_paths(image: str | list[str]) -> list[str]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An RGB picture, whole; an error names the file.
+    """An RGB picture as a person sees it: upright by its EXIF entry, more than 8 bits scaled to 8.
 
-    One of more than 89 million pixels is refused before it is decoded.
+    An error names the file. More than 89 million pixels are refused before they are decoded.
     """
     try:
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 size = f"{image.width} x {image.height} pixels"
                 raise ValueError(f"{size}, more than {Image.MAX_IMAGE_PIXELS}: make it smaller")
-            return image.convert("RGB")
+            return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:  # a broken file can fail in any place of any decoder
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16 bits: the upper 8, as OpenCV takes them. Floats: of their range, 0 to 1, 255 or 65535."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        largest = next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
+        return Image.fromarray((values.clip(0) * (255 / largest)).round().astype(np.uint8))
+    if image.mode.startswith("I"):  # I;16, I;16B, or 16 bits in an I of 32
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image
 
 
 def read(
@@ -143,7 +158,10 @@ class Records(Sequence):
             return self.only(range(len(self))[i])
         number = self.numbers[i]
         record = self.checked(number, self.items[number - 1])
-        chain = parse(record["response"])
+        if record["response"] is None:
+            chain = Chain(record["degradations"])
+        else:
+            chain = parse(record["response"])
         known = {"choices": None, "answer": chain.answer, "degradations": chain.degradations}
         return known | record | {"chain": chain}
 
@@ -176,6 +194,46 @@ def named(where: str | Path) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For a script's `main`: a DataError is one line on stderr and exit status 2.
+
+    Under torchrun it is told once: rank 0 ends first, and torchrun then ends the others.
+    """
+    try:
+        yield
+    except DataError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)
+        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def check_truth(record: dict, rewards: Sequence[str]) -> None:
+    """DataError where rewards of these names need the true damage, or the true chain's length, and
+    the record does not hold it, or holds two statements of it that disagree."""
+    damage = not {"deg", "deg_pairwise", "deg_released"}.isdisjoint(rewards)
+    known, response, chain = record["degradations"], record["response"], record["chain"]
+    stated = stated_types(response) if response else None
+    with named(record["where"]):
+        if damage and response and stated is None and not known:
+            expected = '<TYPE>noise(0.20)<TYPE_END> in the true chain, or "degradations"'
+            raise ValueError(f"what damaged the picture cannot be read; expected {expected}")
+        if damage and not all(0 <= s <= 1 for _, s in known):
+            raise ValueError(f"the true damage is {known}; expected intensities in [0, 1]")
+        if damage and stated is not None and not _agree(stated, known):
+            raise ValueError(f'the true chain says {stated}, "degradations" {known}: correct one')
+        has_length = "length" in record or chain.reasoning or chain.conclusion
+        if "len" in rewards and not has_length:
+            expected = 'a true chain, or "length", its tokens by Eq. 7'
+            raise ValueError(f"how long a response should be is not known; expected {expected}")
+
+
+def _agree(a: list[Degradation], b: list[Degradation]) -> bool:
+    pairs = zip(sorted(a), sorted(b))
+    return len(a) == len(b) and all(x == y and abs(s - t) < 0.015 for (x, s), (y, t) in pairs)
+
+
 # ---------------------------------------------------------------- from JSON to a record
 
 
@@ -201,6 +259,8 @@ def _normal(raw: Any, folder: Path) -> dict:
     if "clean_image" in raw:
         raw["clean_image"] = _inside(folder, raw["clean_image"])
     raw["question"] = _without_marks(raw["question"], len(paths))
+    if "_pad|>" in raw["question"] + (raw["response"] or ""):
+        raise ValueError("a turn spells a token such as <|image_pad|>, which stands for a picture")
     if "degradations" in raw:
         raw["degradations"] = _degradations(raw["degradations"])
     return raw
@@ -218,16 +278,46 @@ def _inside(folder: Path, path: Any) -> str:
 
 
 def _turns(raw: dict) -> dict:
-    """Question and response; a system turn is left out: the chat template brings its own."""
-    said = {}
+    """Question and response of a conversation, and the pictures among its parts, if any.
+
+    The last turn is asked; what was said before stands in front of it. A system turn is left out:
+    the chat template brings its own. Without a gpt turn the damage must be known.
+    """
+    said, images = [], []
     for turn in raw.get("messages") or raw["conversations"]:
-        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        role = ROLES.get(speaker)
-        if role is None or role in said or not isinstance(text, (str, int, float)):
-            expected = "one human (or user) and one gpt (or assistant) turn, both plain text"
-            raise ValueError(f"a turn of {speaker!r} says {str(text)[:40]!r}; expected {expected}")
-        said[role] = str(text)
-    return {"question": said["human"], "response": said["gpt"]}
+        speaker, content = (
+            turn.get("from", turn.get("role")),
+            turn.get("value", turn.get("content")),
+        )
+        role, text = ROLES.get(speaker), _text(content, images)
+        if role is None or text is None or said and said[-1][0] == role:
+            expected = "human (or user) and gpt (or assistant) in turn, each saying text"
+            raise ValueError(
+                f"a turn of {speaker!r} says {str(content)[:40]!r}; expected {expected}"
+            )
+        if role != "system":
+            said.append((role, text))
+    response = said.pop()[1] if said and said[-1][0] == "gpt" else None
+    if not said:
+        raise KeyError("human")
+    if response is None and "degradations" not in raw:
+        raise KeyError("gpt")
+    found = {"question": "\n".join(text for _, text in said), "response": response}
+    return found | ({"image": images} if images else {})
+
+
+def _text(content: Any, images: list[str]) -> str | None:
+    """What a turn says: text, a number, or a list of parts; their pictures go to `images`."""
+    if isinstance(content, (str, int, float)):
+        return str(content)
+    if not isinstance(content, list):
+        return None
+    text = ""
+    for part in content:
+        text += part["text"] if part["type"] == "text" else IMAGE
+        if "image" in part:
+            images.append(part["image"])
+    return text
 
 
 def _aokvqa(raw: dict) -> dict:
@@ -268,8 +358,12 @@ def _without_marks(question: str, pictures: int) -> str:
 
 
 def _degradations(listed: Any) -> list[Degradation]:
+    """By the paper's names, as a Chain has them."""
     try:
-        return [Degradation(d["type"], float(d["intensity"])) for d in listed]
-    except (KeyError, TypeError, ValueError) as error:
-        expected = 'a list of {"type": .., "intensity": ..}'
+        found = Chain([(d["type"], d["intensity"]) for d in listed]).degradations
+        if not all(0 <= s <= 1 for _, s in found):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        expected = 'a list of {"type": .., "intensity": a number in [0, 1]}'
         raise ValueError(f"degradations are {listed!r}; expected {expected}") from error
+    return found

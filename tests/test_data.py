@@ -5,15 +5,19 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig
 
+import degrade
 from degrade import Degradation
 from rr1 import data, records, runtime
 from rr1.records import DataError, open_image, read
@@ -36,6 +40,12 @@ def line(**changes):
         ],
     } | changes
     return json.dumps({key: value for key, value in record.items() if value is not None})
+
+
+def turns(*said):
+    """Human and gpt in turn."""
+    speakers = ["human", "gpt"] * len(said)
+    return [{"from": who, "value": text} for who, text in zip(speakers, said)]
 
 
 def write(folder, *lines):
@@ -103,7 +113,10 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
         (line(conversations=[{"from": "human", "text": "why?"}]), "a turn of 'human' says 'None'"),
         (line(conversations=[{"from": "tool", "value": "7"}]), "a turn of 'tool'"),
         (line(conversations=[{"from": "human", "value": "a"}] * 2), "a turn of 'human'"),
-        (line(conversations=[{"from": "human", "value": [{"type": "text"}]}]), "plain text"),
+        (
+            line(conversations=[{"from": "human", "value": [{"type": "text"}]}]),
+            "field 'text' is missing",
+        ),
         (
             line(
                 conversations=[
@@ -122,6 +135,12 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
         (line(image=[]), r"image is \[\]; expected one path"),
         (line(degradations=[{"type": "noise"}]), "degradations"),
         (line(degradations=[{"name": "noise", "s": 0.2}]), "degradations"),
+        (line(degradations=[{"type": "noise", "intensity": 47}]), r"a number in \[0, 1\]"),
+        (line(degradations=[{"type": "noise", "intensity": "NaN"}]), "degradations"),
+        (line(degradations=[7]), "degradations"),
+        (line(conversations=turns("<image>a <|image_pad|>", "b")), "image_pad"),
+        (line(conversations=turns("<image>a", "b <|image_pad|>")), "image_pad"),
+        (line(conversations=turns("<image>a", {"text": "b"})), "a turn of 'gpt' says"),
         (line(degradations="noise"), "degradations"),
         (line(clean_image=7), "image is 7; expected one path"),
     ],
@@ -165,6 +184,83 @@ def test_llama_factory(tmp_path, form, indent):
         assert found[i]["image"] == str(tmp_path / f"{i}.png")
     assert len({r["id"] for r in found}) == 9
     assert found[3]["where"] == (f"{path}:4" if indent == "lines" else f"{path}, item 4")
+
+
+def test_of_several_turns_the_last_one_is_asked(tmp_path):
+    """What was said before stands in front of it, as in LLaMA-Factory's mllm_demo.json."""
+    said = turns("<image>Who are they?", "Kane and Gretzka.", "What are they doing?", CHAIN)
+    [record] = read(write(tmp_path, line(conversations=said)))
+    assert record["question"] == "Who are they?\nKane and Gretzka.\nWhat are they doing?"
+    assert record["response"] == CHAIN and record["answer"] == "1"
+    later = turns("<image>who?", "a man", "and here?<image>", CHAIN)
+    [record] = read(write(tmp_path, line(image=["a.png", "b.png"], conversations=later)))
+    assert record["question"] == "<image>who?\na man\nand here?<image>"
+
+
+def test_content_in_parts(tmp_path):
+    """As TRL and OpenAI's messages have it; the pictures beside them or in them."""
+    text = {"type": "text", "text": "what is it?"}
+    answer = [{"type": "text", "text": CHAIN}]
+    for picture, more in (
+        ({"type": "image"}, {"image": "7.png"}),
+        ({"type": "image", "image": "7.png"}, {}),
+    ):
+        said = [("system", "be brief"), ("user", [picture, text]), ("assistant", answer)]
+        messages = [{"role": role, "content": content} for role, content in said]
+        [record] = read(write(tmp_path, json.dumps({"messages": messages} | more)))
+        assert record["question"] == "what is it?" and record["response"] == CHAIN
+        assert record["image"] == str(tmp_path / "7.png")
+
+
+def test_a_record_without_a_chain(tmp_path):
+    """For reinforcement learning: the damage, the length to aim for, an answer if there is one."""
+    known = [{"type": "JPEG compression", "intensity": 0.257}]
+    human = [{"from": "human", "value": "<image>what is it?"}]
+    rl = line(conversations=human, degradations=known, answer="car", length=31)
+    [record] = read(write(tmp_path, rl))
+    assert record["response"] is None and record["chain"].conclusion is None
+    assert record["degradations"] == [("compression", 0.26)] == record["chain"].degradations
+    assert (record["answer"], record["length"]) == ("car", 31)
+    records.check_truth(record, ["deg", "len", "accuracy"])
+    [record] = read(write(tmp_path, line(conversations=human, degradations=[])))
+    records.check_truth(record, ["deg"])  # a clean picture
+    with pytest.raises(DataError, match=r"train\.jsonl:1: how long .*Eq. 7"):
+        records.check_truth(record, ["deg", "len"])
+
+
+TORN = CHAIN.replace("<TYPE_END>", "</TYPE>")
+
+
+@pytest.mark.parametrize(
+    "response, known, rewards, message",
+    [
+        (CHAIN, None, ["deg", "len"], None),
+        (CHAIN, [("noise", 0.2)], ["deg", "len"], None),
+        (CHAIN, [("gaussian noise", 0.204)], ["deg_released"], None),
+        (TORN, [("noise", 0.2)], ["deg", "len"], None),  # one statement can be read
+        (CHAIN.replace("noise(0.20)", ""), None, ["deg", "deg_pairwise", "len"], None),
+        ("2", None, ["accuracy", "format"], None),
+        ("2", [("noise", 0.2)], ["deg"], None),
+        ("2", None, ["deg"], "what damaged the picture cannot be read"),
+        (TORN, None, ["deg"], "what damaged the picture cannot be read"),
+        (CHAIN.replace("(0.20)", "(a lot)"), None, ["deg"], "cannot be read"),
+        (CHAIN.replace("0.20", "47"), None, ["deg_released"], r"intensities in \[0, 1\]"),
+        (CHAIN, [("noise", 0.4)], ["deg"], "the true chain says .*correct one"),
+        (CHAIN, [("darkness", 0.2)], ["deg"], "the true chain says .*correct one"),
+        (CHAIN, [], ["deg_pairwise"], "the true chain says .*correct one"),
+        ("2", [("noise", 0.2)], ["len"], "how long a response should be"),
+    ],
+)
+def test_a_reward_needs_a_truth_that_can_be_read(tmp_path, response, known, rewards, message):
+    if known is not None:
+        known = [{"type": tau, "intensity": s} for tau, s in known]
+    said = turns("<image>what?", response)
+    [record] = read(write(tmp_path, line(conversations=said, degradations=known)))
+    if message is None:
+        records.check_truth(record, rewards)
+        return
+    with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{message}"):
+        records.check_truth(record, rewards)
 
 
 def test_a_broken_list_is_named_by_line_and_item(tmp_path):
@@ -351,6 +447,46 @@ def test_a_broken_picture_is_named(tmp_path, make):
         open_image(tmp_path / "broken.png")
 
 
+RAMP = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+
+
+def save_turned(path, orientation):
+    image = Image.fromarray(np.arange(40 * 80 * 3).reshape(40, 80, 3).astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_picture_is_what_a_person_sees(tmp_path, suffix):
+    """Upright, and the same as `degrade.py` reads it, which has a reader of its own."""
+    for orientation in range(1, 9):
+        path = tmp_path / f"{orientation}.{suffix}"
+        save_turned(path, orientation)
+        image = open_image(path)
+        assert image.size == ((80, 40) if orientation < 5 else (40, 80))
+        difference = np.abs(np.asarray(image).astype(int) - degrade._read(path))
+        assert difference.max() <= (2 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, suffix):
+    path = tmp_path / f"ramp.{suffix}"
+    Image.fromarray(RAMP).save(path)
+    seen = np.asarray(open_image(path))
+    assert seen.shape == (48, 64, 3) and (seen[..., 0] == RAMP >> 8).all()
+    assert (seen == degrade._read(path)).all()
+
+
+@pytest.mark.parametrize("largest", [1, 255, 65535, 1e6])
+def test_floats_are_scaled_by_their_range(tmp_path, largest):
+    Image.fromarray((RAMP / 65535 * largest).astype(np.float32)).save(tmp_path / "x.tif")
+    seen = np.asarray(open_image(tmp_path / "x.tif"))
+    assert np.abs(seen[..., 0] - RAMP / 257).max() <= 0.51
+    Image.fromarray(RAMP.astype(np.int32)).save(tmp_path / "i.tif")
+    assert (np.asarray(open_image(tmp_path / "i.tif"))[..., 0] == RAMP >> 8).all()
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (4000, 3000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 5000
@@ -397,9 +533,9 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
     """Table 3's "w/o Reasoning": the answer, of a caption the caption, to the question alone."""
     records = read(world_folder / "train.jsonl")[:20]
     for r in records:
-        assert data.plain_answer(r) == (
+        assert data.short_answer(r) == (
             r["caption"] if r["form"] == "caption" else r["answer"]
-        ) and "<" not in data.plain_answer(r)
+        ) and "<" not in data.short_answer(r)
     assert {r["form"] for r in records} == {"choice", "open", "caption"}
     batch = data.load_batch(records[:2], processor, plain=True)
     assert (
@@ -420,33 +556,70 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
             ),
         )
     )
-    assert data.plain_answer(answered) == answered["chain"].answer
-    with pytest.raises(DataError, match=r"train\.jsonl:2: there is no answer to train on"):
-        data.plain_answer(silent)
+    end = [processor.end_id]
+    answer = processor.tokenizer(answered["chain"].answer)["input_ids"]
+    assert data.response_ids(answered, processor, plain=True) == answer + end
+    assert data.response_ids(silent, processor) == processor.tokenizer("a cat")["input_ids"] + end
+    with pytest.raises(DataError, match=r"train\.jsonl:2: there is no answer"):
+        data.response_ids(silent, processor, plain=True)
 
 
-def test_skip_bad_leaves_out_records_without_an_answer_where_answers_are_all(
-    processor, tmp_path, capsys
-):
+def test_the_length_to_aim_for(processor, tmp_path):
+    human, known = turns("<image>what?"), [{"type": "noise", "intensity": 0.2}]
+    lines = line(), line(length=31), line(conversations=human, degradations=known, length=7)
+    chain, stated, without = read(write(tmp_path, *lines))
+    tokens = len(processor.tokenizer(CHAIN)["input_ids"])
+    assert data.true_length(chain, processor) == tokens  # without the end of turn
+    assert (data.true_length(stated, processor), data.true_length(without, processor)) == (31, 7)
+    with pytest.raises(DataError, match=r"train\.jsonl:3: there is no chain"):
+        data.response_ids(without, processor)
+
+
+def test_usable_raises_the_first_bad_record_or_leaves_it_out(tmp_path, capsys):
+    said = turns("<image>what?", "a cat")
+    found = read(write(tmp_path, line(id="a"), line(id="b", conversations=said), line(id="c")))
+    rt = runtime.Runtime()
+
+    def check(record):
+        records.check_truth(record, ["deg"])
+
+    with pytest.raises(DataError, match=r"train\.jsonl:2: what damaged"):
+        data.usable(found, check, rt)
+    assert data.usable(found, check, rt, tmp_path).ids == ["a", "c"]
+    assert "1 bad records are left out" in capsys.readouterr().out
+    listed = json.loads((tmp_path / "skipped.json").read_text())
+    assert list(listed["records"]) == ["1"] and "train.jsonl:2: what" in listed["records"]["1"]
+    tried = []
+    assert data.usable(found, tried.append, rt, tmp_path).ids == ["a", "c"]  # by the file
+    assert not tried and data.usable(found[:1], check, rt).ids == ["a"]
+
+
+def test_a_prompt_longer_than_the_model_is_named(processor, checkpoint, tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (56, 56)).save(tmp_path / "images" / "7.png")
-    records = read(
-        write(
-            tmp_path,
-            line(),
-            line(
-                conversations=[
-                    {"from": "human", "value": "<image>what?"},
-                    {"from": "gpt", "value": "a cat"},
-                ]
-            ),
-        )
-    )
-    for plain, kept in ((False, 2), (True, 1)):
-        out = tmp_path / str(plain)
-        out.mkdir()
-        assert len(data.leave_out_bad(records, processor, 0, out, runtime.Runtime(), plain)) == kept
-    assert "train.jsonl:2: there is no answer to train on" in capsys.readouterr().out
+    long = line(conversations=turns("<image>" + "what " * 200, CHAIN))
+    found = list(read(write(tmp_path, line(), long)))
+    batch = data.load_batch(found, processor)
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(checkpoint))
+    first, second = map(len, batch.ids)
+    model.config.text_config.max_position_embeddings = second + 10
+    data.check_room(model, found, batch, [10, 10])
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: {second} tokens of prompt and 11 of"):
+        data.check_room(model, found, batch, [11, 11])
+
+
+def test_errors_of_data_are_one_line_once(capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop, records.one_line_errors():
+            raise DataError("train.jsonl:2: not JSON\n(a very\nlong story)")
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == "train.jsonl:2: not JSON (a very long story)\n"
+    assert slept == [3]  # the other ranks: torchrun ends them before they speak
+    with pytest.raises(ZeroDivisionError), records.one_line_errors():
+        raise ZeroDivisionError  # our own faults keep their traceback
 
 
 def test_prefetch_keeps_the_order_and_works_ahead():
