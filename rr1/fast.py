@@ -87,8 +87,7 @@ def branches(share: int, owner: Tensor, dtype: torch.dtype) -> dict[str, Branche
 
 def additive(visible: Tensor, share: int, dtype: torch.dtype) -> Tensor:
     """What rows may look at, (B, q, n), -> (B, 1, share q, n), 0 or -inf: added to the scores."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask = mask.masked_fill(~visible, float("-inf"))
+    mask = torch.where(visible, 0.0, float("-inf")).to(dtype)
     return mask.repeat(1, share, 1)[:, None]
 
 

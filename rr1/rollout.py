@@ -128,26 +128,14 @@ def prefill(model, prompts: Sequence[Prompt], cache: Cache) -> tuple[Tensor, Ten
 
 
 def next_token_logps(
-    logits: Tensor,
-    temperature: float = 1.0,
-    banned: Sequence[int] = (),
-    top_k: int = 0,
-    top_p: float = 1.0,
+    logits: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()
 ) -> Tensor:
     """(.., V) logits -> (.., V) log-probabilities to sample from. Temperature 0 is greedy: all
     weight on the largest logit."""
     if temperature == 0:
-        top_k, temperature = 1, 1.0
-    logps = scale_logits(logits, temperature, banned).log_softmax(-1)
-    if top_k or top_p < 1:
-        ordered, index = logps.sort(dim=-1, descending=True, stable=True)
-        p = ordered.exp()
-        outside = p.cumsum(-1) - p >= top_p  # the tokens before it have this mass already
-        if top_k:
-            outside[..., top_k:] = True
-        outside = outside.scatter(-1, index, outside)  # back in the vocabulary's order
-        logps = logps.masked_fill(outside, float("-inf")).log_softmax(-1)
-    return logps
+        best = scale_logits(logits, 1.0, banned).argmax(-1, keepdim=True)
+        return torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
+    return scale_logits(logits, temperature, banned).log_softmax(-1)
 
 
 def pick(logps: Tensor, u: Tensor) -> Tensor:
@@ -170,8 +158,6 @@ def sample_group(
     end_id: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
     banned: Sequence[int] = (),
 ) -> list[list[Rollout]]:
     """G responses to each of B prompts -> B lists of G rollouts; `banned` ids are never sampled.
@@ -200,7 +186,7 @@ def sample_group(
     )
     for t in range(max_new_tokens):
         logits = model.lm_head(hidden)
-        logps = next_token_logps(logits, temperature, banned, top_k, top_p)  # (B, q, V)
+        logps = next_token_logps(logits, temperature, banned)  # (B, q, V)
         writers.token = pick(logps, uniform[writers.prompt, writers.response, t])
         writers.note(rollouts, logps.gather(-1, writers.token[..., None])[..., 0], end_id)
         if t + 1 == max_new_tokens or not writers.active.any():

@@ -91,9 +91,10 @@ class Processor:
         The images come first. Several images stand where the text says <image>, if it says so
         once for each of them.
         """
+        n = len(visual_tokens)
         pieces = text.split(IMAGE)
-        if len(visual_tokens) < 2 or len(pieces) != len(visual_tokens) + 1:
-            pieces = [""] * len(visual_tokens) + [text]
+        if n < 2 or len(pieces) != n + 1:
+            pieces = [""] * n + [text]
         content = [{"type": "text", "text": pieces[0]}]
         for piece in pieces[1:]:
             content += [{"type": "image"}, {"type": "text", "text": piece}]
@@ -101,18 +102,21 @@ class Processor:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         expanded, *rest = rendered.split(IMAGE_PAD)
-        if len(rest) != len(visual_tokens):
+        if len(rest) != n:
             raise ValueError(
-                f"{len(rest)} image placeholders for {len(visual_tokens)} images: "
+                f"{len(rest)} image placeholders for {n} images: "
                 f"the text must not spell {IMAGE_PAD}; got {text!r}"
             )
-        for n, piece in zip(visual_tokens, rest):
-            expanded += IMAGE_PAD * n + piece
+        for tokens, piece in zip(visual_tokens, rest):
+            expanded += IMAGE_PAD * tokens + piece
         return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
 
     def response_ids(self, text: str) -> list[int]:
         """Token ids of a response and its end-of-turn token, which is trained and sampled too."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.image_token_id in ids:
+            raise ValueError(f"a response must not spell {IMAGE_PAD}: it stands for pixels")
+        return [*ids, self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -127,44 +131,69 @@ def load(
     """The model and its processor from a folder or a hub id; weights only as safetensors.
 
     On the device "meta" only the configuration is read: a model of shapes, for `shard.shard`.
+    Anything but a whole Qwen2.5-VL is an error.
     """
     logging.disable_progress_bar()  # of transformers: a line for every save and load
     Model = Qwen2_5_VLForConditionalGeneration
     try:
+        config = read_config(name_or_path)
         processor = Processor.from_pretrained(name_or_path, **image_options)
         if device == "meta":
-            config = Qwen2_5_VLConfig.from_pretrained(name_or_path)
             with torch.device("meta"):
-                return Model._from_config(config, dtype=dtype).eval(), processor
-        model = Model.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
+                model = Model._from_config(config, dtype=dtype).eval()
+        else:
+            model, found = Model.from_pretrained(
+                name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            model.to(device)
+            missing, unexpected = found["missing_keys"], found["unexpected_keys"]
+            if missing or unexpected:
+                raise SystemExit(
+                    f"--model {name_or_path}: its weights are not those of its config.json: "
+                    f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+                )
     except OSError as error:
         raise SystemExit(
             f"--model {name_or_path}: neither a checkpoint folder nor a model that can be "
             f"downloaded: {error}"
         ) from error
-    return model.to(device), processor
+    # the embedding is padded: ids that the tokenizer does not have mean nothing
+    processor.banned_ids += range(len(processor.tokenizer), config.text_config.vocab_size)
+    return model, processor
+
+
+def read_config(name_or_path: str) -> Qwen2_5_VLConfig:
+    """The configuration of a checkpoint that this code can sample from and score."""
+    kind = Qwen2_5_VLConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if kind != "qwen2_5_vl":
+        raise SystemExit(f"--model {name_or_path}: this is a {kind}, not a qwen2_5_vl")
+    config = Qwen2_5_VLConfig.from_pretrained(name_or_path)
+    if "sliding_attention" in config.text_config.layer_types:
+        raise SystemExit(
+            f"--model {name_or_path}: it attends to a sliding window, which sampling and scoring "
+            'do not: set "use_sliding_window" to false in its config.json if it works without'
+        )
+    return config
 
 
 def freeze_vision(model) -> None:
     """Freeze the vision tower and its merger: section 5, Training Configuration."""
     model.model.visual.requires_grad_(False)
-    model.model.visual.eval()
 
 
 def count_parameters(model) -> str:
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return f"trainable {trainable:,}, frozen {frozen:,}"
+    sizes = {True: 0, False: 0}
+    for p in model.parameters():
+        sizes[p.requires_grad] += p.numel()
+    return f"trainable {sizes[True]:,}, frozen {sizes[False]:,}"
 
 
 def encode_images(model, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
     """Run the vision tower once -> one (visual tokens, H) tensor an image, which sampling, the
     reference and the policy share. Without gradient where the tower is frozen."""
     visual = model.model.visual
-    trainable = any(p.requires_grad for p in visual.parameters())
-    pixel_values = pixel_values.to(visual.device, visual.dtype)
-    with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-        features = visual(pixel_values, grid_thw=grid_thw.to(visual.device)).pooler_output
+    patches = pixel_values.to(visual.device, visual.dtype)
+    features = visual(patches, grid_thw=grid_thw.to(visual.device)).pooler_output
     sizes = grid_thw.prod(-1) // visual.spatial_merge_size**2
     return list(features.split(sizes.tolist()))
 
@@ -190,9 +219,10 @@ def make_prompt(model, ids: Sequence[int], grid_thw: Tensor, features: Sequence[
     is_image = ids == model.config.image_token_id
     no_image = torch.zeros(0, model.config.text_config.hidden_size, device=device)
     features = torch.cat(list(features) or [no_image])
-    if int(is_image.sum()) != len(features):
+    expected = int(is_image.sum())
+    if expected != len(features):
         raise ValueError(
-            f"the prompt holds {int(is_image.sum())} image tokens, the images give "
+            f"the prompt holds {expected} image tokens, the images give "
             f"{len(features)}: was the prompt cut? Prompts are never truncated here; raise the "
             "limit or shrink the image"
         )
@@ -236,7 +266,7 @@ def token_logps(
     chunks, and a chunk is thrown away and computed again in the backward pass.
     """
 
-    def chunk(hidden: Tensor, targets: Tensor):
+    def chunk(hidden, targets):
         logps = scale_logits(model.lm_head(hidden), temperature, banned).log_softmax(-1)
         entropy = None
         if with_entropy:
@@ -248,8 +278,7 @@ def token_logps(
     if len(hidden) <= size:
         return chunk(hidden, targets)
     parts = zip(hidden.split(size), targets.split(size))
-    done = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
-    logps, entropies = zip(*done)
+    logps, entropies = zip(*[checkpoint(chunk, *part, use_reentrant=False) for part in parts])
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 
@@ -297,8 +326,7 @@ def attention_mask(owner: Tensor, dtype: torch.dtype) -> Tensor:
     Owners (B, N) -> (B, 1, N, N), added to the scores: 0 where a token may look, else -inf."""
     looking, looked_at = owner[:, :, None], owner[:, None, :]
     visible = ((looked_at == PROMPT) | (looked_at == looking)).tril()
-    hidden = torch.zeros(visible.shape, dtype=dtype, device=owner.device)
-    return hidden.masked_fill(~visible, float("-inf"))[:, None]
+    return torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None]
 
 
 def token_ratio(prompts: Sequence[Prompt], responses: Groups) -> float:
@@ -345,7 +373,7 @@ def group_logps(
     hidden = out.last_hidden_state[packed.predicted_at]  # (T, H)
     logps, entropy = token_logps(model, hidden, packed.targets, temperature, banned, with_entropy)
 
-    def by_response(values: Tensor) -> Tensor:  # (T,) -> (N, L)
+    def by_response(values):  # (T,) -> (N, L)
         return pad_sequence(values.split(packed.lengths), batch_first=True)
 
     mask = by_response(torch.ones_like(logps))

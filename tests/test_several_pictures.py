@@ -119,7 +119,8 @@ def test_all_pictures_are_counted_and_named(tmp_path, processor):
     Image.new("RGB", (112, 56)).save(tmp_path / "b.png")
     assert data.load_batch([record], processor, 24).grid_thw.tolist() == [[1, 8, 8], [1, 4, 8]]
     message = (
-        r"train\.jsonl:1: .*a\.png \(112 x 112\) and .*b\.png \(112 x 56\) together take 24 tokens, "
+        r"train\.jsonl:1: .*a\.png \(112 x 112\) and .*b\.png \(112 x 56\) together take 24 tok"
+        r"ens, "
         r"more than --max-image-tokens 23: .*--max-pixels 8624,"
     )
     with pytest.raises(records.DataError, match=message):
@@ -168,7 +169,7 @@ def test_a_part_of_a_batch_keeps_its_own_pictures(processor):
 
 @torch.no_grad()
 def test_positions_and_log_probabilities_are_those_of_transformers(processor, monkeypatch):
-    """float64; two, three and one pictures of unequal sizes, in front and in between, packed or not."""
+    """float64; two, three and one pictures of unequal sizes, in front and between, or not."""
     monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", exact_norm)
     model = random_model(processor.tokenizer, hidden=192).double()
     plain, responses, rows, seen = (

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ordinary, random_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
@@ -44,7 +46,7 @@ def random_responses(processor, lengths, seed=0):
 
 
 def ordinary_logps(model, processor, text, image, response, temperature=1.0, banned=()):
-    """log pi(response), (L,): one row [prompt, response] through the model's own forward, with pixels."""
+    """log pi(response), (L,): one row [prompt, response] through the whole model, with pixels."""
     pixel_values, grid = processor.pixels([image])
     prompt = processor.prompt_ids(text, processor.visual_tokens(grid))
     ids = torch.tensor([prompt + response])
@@ -452,6 +454,66 @@ def test_a_saved_checkpoint_is_an_ordinary_one(checkpoint):
 def test_a_checkpoint_that_is_not_there_says_what_was_tried(tmp_path):
     with pytest.raises(SystemExit, match="--model .*nowhere"):
         vlm.load(str(tmp_path / "nowhere"))
+
+
+def edited(checkpoint, folder, text_config=None, **changes):
+    """A copy of the checkpoint with other values in its config.json."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= text_config or {}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+def test_another_models_checkpoint_is_refused_by_name(checkpoint, tmp_path):
+    for kind in ("qwen3_vl", "qwen2_vl", "qwen2"):
+        folder = edited(checkpoint, tmp_path / kind, model_type=kind)
+        with pytest.raises(SystemExit, match=f"{kind}: this is a {kind}, not a qwen2_5_vl$"):
+            vlm.load(folder)
+        with pytest.raises(SystemExit, match=f"this is a {kind}"):
+            vlm.load(folder, device="meta")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_weights_that_do_not_fill_the_model_are_refused_by_name(checkpoint, tmp_path, change):
+    folder = Path(edited(checkpoint, tmp_path / "torn"))
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("merger.mlp.0.weight"))
+    if change == "missing":
+        del tensors[name]
+        name = "model.visual.merger.mlp.0.weight"
+    else:
+        name = "model.language_model.layers.0.self_attn.q_norm.weight"
+        tensors[name] = torch.ones(48)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=rf"torn: .*{change} \['{name}'\]"):
+        vlm.load(str(folder))
+
+
+def test_a_sliding_window_is_refused(checkpoint, tmp_path):
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    window["layer_types"] = ["sliding_attention"] * 2
+    folder = edited(checkpoint, tmp_path / "window", text_config=window)
+    with pytest.raises(SystemExit, match="window: it attends to a sliding window"):
+        vlm.load(folder)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_banned(checkpoint, tmp_path):
+    """The real model's embedding has 271 rows more than its tokenizer has tokens."""
+    model, processor = vlm.load(checkpoint)
+    n = len(processor.tokenizer)
+    assert processor.banned_ids == vlm.Processor.from_pretrained(checkpoint).banned_ids
+    model.resize_token_embeddings(n + 3)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for device in ("cpu", "meta"):
+        _, padded = vlm.load(str(tmp_path), device=device)
+        assert padded.banned_ids == [*processor.banned_ids, n, n + 1, n + 2]
+
+
+def test_a_response_cannot_spell_a_placeholder(processor):
+    with pytest.raises(ValueError, match=r"must not spell <\|image_pad\|>"):
+        processor.response_ids("the shape <|image_pad|> is red")
 
 
 @pytest.mark.skipif(
