@@ -1,6 +1,7 @@
 """Records on disk, read as they are. Each is parsed when it is asked for.
 
-Four forms, told apart by their fields, as JSON lines or as one JSON list:
+Four forms, told apart by their fields, as JSON lines, as one JSON list, or as a Parquet file or a
+Hugging Face data set's folder (`rr1.parquet`):
 
     released       {"id", "image", "conversations": [
                        {"from": "human", "value": "<image>what? 0. cat 1. dog"},
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 from degrade import Degradation
 from rr1.chain import IMAGE, Chain, build_question, parse, render, stated_types
+from rr1.parquet import Rows
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 MARKS_IN_FRONT = re.compile(rf"(\s*{IMAGE})*")
@@ -90,7 +92,7 @@ def read(
     of the item in a list), and whatever else the file held.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         advice = "Give a file of JSON lines, or leave --data out for the drawn world."
         raise SystemExit(f"--data {path}: no such file. {advice}")
     records = Records(path, Path(image_folder or path.parent))
@@ -142,10 +144,13 @@ class Records(Sequence):
 
     def __init__(self, path: Path, folder: Path):
         self.path, self.folder = path, folder
-        self.items = Lines(path)
-        if self.items[0].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            with named(path):
-                self.items = _json(path.read_bytes())
+        if path.is_dir() or path.suffix == ".parquet":
+            self.items = Rows(path, folder)
+        else:
+            self.items = Lines(path)
+            if self.items[0].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                with named(path):
+                    self.items = _json(path.read_bytes())
         self.numbers = array("q")  # of each record: its line, or its place in the list, from 1
         self.ids: list[str] = []
         self.bad: list[str] = []
@@ -315,7 +320,7 @@ def _text(content: Any, images: list[str]) -> str | None:
     text = ""
     for part in content:
         text += part["text"] if part["type"] == "text" else IMAGE
-        if "image" in part:
+        if part.get("image"):
             images.append(part["image"])
     return text
 

@@ -1,5 +1,6 @@
 """Records on disk: every form is read, errors name file and line, shares stay apart."""
 
+import io
 import json
 import os
 import subprocess
@@ -261,6 +262,57 @@ def test_a_reward_needs_a_truth_that_can_be_read(tmp_path, response, known, rewa
         return
     with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{message}"):
         records.check_truth(record, rewards)
+
+
+@pytest.mark.parametrize("form", ["parquet", "parquet folder", "saved", "saved splits"])
+def test_a_hugging_face_data_set_is_read_as_it_is(tmp_path, monkeypatch, form):
+    datasets = pytest.importorskip("datasets", reason="an extra: pip install datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 6), (9, 8, 7)).save(picture, "png")
+    inside = {"bytes": picture.getvalue(), "path": "some.png"}
+    rows = [{"images": [inside] * (i + 1), "messages": said(i), "answer": None} for i in range(2)]
+    features = datasets.Features(
+        images=[datasets.Image()],
+        messages=[{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        answer=datasets.Value("string"),
+    )
+    made = datasets.Dataset.from_list(rows, features=features)
+    path = tmp_path / ("set.parquet" if form == "parquet" else "set")
+    if form == "parquet":
+        made.to_parquet(str(path))
+    elif form == "parquet folder":
+        (path / "data").mkdir(parents=True)
+        made.to_parquet(str(path / "data" / "train-00000-of-00001.parquet"))
+        made.select([0]).to_parquet(str(path / "data" / "test-00000-of-00001.parquet"))
+    elif form == "saved":
+        made.save_to_disk(str(path))
+    else:
+        datasets.DatasetDict(train=made, test=made.select([0])).save_to_disk(str(path))
+    for _ in range(2):
+        one, two = read(path)
+        assert one["question"] == "what is it?" and one["response"] == CHAIN
+        assert two["question"] == "which one?" and two["answer"] == "1"
+        assert one["image"] == two["image"][0] == two["image"][1]
+        assert open_image(one["image"]).getpixel((0, 0)) == (9, 8, 7)
+        assert one["where"] == f"{path}, item 1"
+    assert len(list(tmp_path.glob("*.pictures/*"))) == 1
+    broken = tmp_path / "nothing"
+    broken.mkdir()
+    with pytest.raises(SystemExit, match="--data .*nothing: cannot be read as a data set"):
+        read(broken)
+
+
+def said(i):
+    question = ["<image>what is it?", "<image><image>which one?"][i]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": CHAIN}]
+
+
+def test_a_parquet_file_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SystemExit, match="x.parquet: reading this needs `pip install datasets`"):
+        read(tmp_path / "x.parquet")
 
 
 def test_a_broken_list_is_named_by_line_and_item(tmp_path):
