@@ -383,7 +383,7 @@ def test_a_okvqa_json(tmp_path):
 def test_a_bad_question_is_named_by_file_and_line(questions, tmp_path, bad, message):
     (questions.parent.parent / "outside.png").write_bytes((questions.parent / "0.png").read_bytes())
     (tmp_path / "bad.jsonl").write_text(questions.read_text().splitlines()[0] + "\n" + bad + "\n")
-    with pytest.raises(SystemExit, match="bad.jsonl:" + message):
+    with pytest.raises(records.DataError, match="bad.jsonl:" + message):
         read_questions(tmp_path / "bad.jsonl", str(questions.parent))
 
 

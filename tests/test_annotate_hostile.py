@@ -4,6 +4,7 @@ No truth is ever changed, no paid answer lost or wasted, and whoever waits is to
 in brackets are those of the review that found each fault.
 """
 
+import base64
 import gzip
 import json
 import random
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from endpoint import Raw, completion, flags, good_answer, serving, start, write_questions
 from matplotlib.figure import Figure
+from PIL import Image
 
 from rr1 import client, records
 from rr1.annotate import __main__ as command
@@ -100,7 +102,7 @@ def test_the_answer_of_most_people_is_a_text_too_3(questions, tmp_path):
     ],
 )
 def test_what_is_no_answer_and_no_question_is_refused_3_12_24(questions, tmp_path, row, message):
-    with pytest.raises(SystemExit, match=f"asked.jsonl:1: .*{message}"):
+    with pytest.raises(records.DataError, match=f"asked.jsonl:1: .*{message}"):
         ask(questions, tmp_path, row)
 
 
@@ -377,7 +379,7 @@ def test_limit_needs_the_photos_of_its_own_questions_23(questions, tmp_path):
         (tmp_path / name).write_bytes((questions.parent / name).read_bytes())
     (tmp_path / "q.jsonl").write_text(questions.read_text())
     assert len(build(tmp_path / "q.jsonl", tmp_path / "out", "--limit", 3)) == 3
-    with pytest.raises(SystemExit, match="q.jsonl:4: there is no photo"):
+    with pytest.raises(records.DataError, match="q.jsonl:4: there is no photo"):
         build(tmp_path / "q.jsonl", tmp_path / "out", "--limit", 4)
 
 
@@ -445,6 +447,16 @@ def test_a_second_ctrl_c_stops_at_once_21(server, questions, tmp_path):
     assert process.returncode == 130 and "Traceback" not in said
 
 
+def test_an_error_in_the_questions_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"image": "0.png"}\n')
+    line = [sys.executable, "-m", "rr1.annotate", "--data", tmp_path / "q.jsonl"]
+    done = subprocess.run([*line, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert (
+        done.stderr == f"{tmp_path}/q.jsonl:1: field 'question' is missing or of the wrong kind\n"
+    )
+
+
 def test_questions_in_unusual_but_legal_files_25(questions, tmp_path):
     row = {"image": "0.png", "question": "a\u2028b\u0085c?", "answer": "\u2028d"}
     text = json.dumps(row, ensure_ascii=False)
@@ -459,7 +471,7 @@ def test_questions_in_unusual_but_legal_files_25(questions, tmp_path):
 )
 def test_a_file_that_is_no_utf_8_is_named_25(tmp_path, content):
     (tmp_path / "q.jsonl").write_bytes(content)
-    with pytest.raises(SystemExit, match="q.jsonl: not a text in UTF-8"):
+    with pytest.raises(records.DataError, match="q.jsonl: not a text in UTF-8"):
         read_questions(tmp_path / "q.jsonl")
 
 
@@ -484,6 +496,36 @@ def test_a_key_with_a_stray_newline_works_26(server, questions, tmp_path, monkey
             build(questions, tmp_path, *flags(server))
 
 
+# ---------------------------------------------------------------- pictures as a person sees them
+
+
+def decoded(url):
+    data = np.frombuffer(base64.b64decode(url.partition("base64,")[2]), np.uint8)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+
+
+def test_a_photo_is_seen_upright_and_sixteen_bits_are_scaled_7_11(server, tmp_path):
+    """What the teacher is sent, what is damaged and what training opens is the same picture."""
+    lying = Image.fromarray(np.zeros((8, 16, 3), np.uint8) + 90)
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    lying.save(tmp_path / "phone.jpg", exif=exif)
+    ramp = np.linspace(0, 65535, 128, dtype=np.uint16).reshape(8, 16)
+    cv2.imwrite(str(tmp_path / "deep.png"), ramp)
+    rows = [{"image": name, "question": "?", "answer": "x"} for name in ("phone.jpg", "deep.png")]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build(tmp_path / "q.jsonl", tmp_path / "out", *flags(server))
+    asked = [request for request in server.log if request.step == "influence"]
+    sent = [[decoded(url).shape[:2] for url in request.pictures] for request in asked]
+    assert sent == [[(16, 8)] * 2, [(8, 16)] * 2]
+    phone, deep = records.read(tmp_path / "out" / "train.jsonl")
+    for record, size in ((phone, (8, 16)), (deep, (16, 8))):
+        for name in ("image", "clean_image"):
+            assert records.open_image(record[name]).size == size
+    clean = np.asarray(records.open_image(deep["clean_image"]))[..., 0]
+    assert np.abs(clean - ramp / 257.0).max() < 2
+
+
 # ---------------------------------------------------------------- records without chains
 
 
@@ -501,6 +543,9 @@ def test_records_for_grpo_cost_nothing(questions, tmp_path):
         folders = (tmp_path / "free", tmp_path / "chains")
         pictures = [(folder / row["image"]).read_bytes() for folder in folders]
         assert pictures[0] == pictures[1] and (tmp_path / "free" / row["clean_image"]).is_file()
+    read = records.read(tmp_path / "free" / "train.jsonl")
+    assert [record["length"] for record in read] == [row["length"] for row in rows]
+    assert read[0]["response"] is None and read[1]["choices"] == rows[1]["choices"]
     with pytest.raises(SystemExit, match="--no-chains asks no teacher"):
         build(questions, tmp_path / "x", "--no-chains", "--teacher", "m", "--base-url", "http://x")
     with pytest.raises(SystemExit, match="no_chains: was False, now True"):

@@ -36,6 +36,7 @@ from rr1.annotate.teachers import STEPS, ChatTeacher, estimated_tokens, fill, te
 from rr1.annotate.work import STOPPED, work
 from rr1.chain import render
 from rr1.client import ChatClient
+from rr1.records import one_line_errors
 from rr1.runtime import opt, parse_config
 
 SECONDS = 5.0  # that an answer takes, where --dry-run estimates
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = folder.finish([source.id for source in sources])
         if rows and not config.no_chains:
             print("\n" + write_card(config, folder, rows, teacher))
+        print(f"{len(rows)} records are in {folder.train}")
     if folder.rejected:
         again = f"see {folder.bad}; --retry-rejected asks for them again"
         print(f"{len(folder.rejected)} rejected, {again}")
@@ -204,4 +206,5 @@ def dry_run(config: Config, todo: list[Source]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

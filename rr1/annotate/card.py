@@ -71,6 +71,7 @@ class Card:
             counts = [self.types[name] for name in names]
             by_type.barh(names, counts, color=COLORS[stage], label=stage)
         by_type.invert_yaxis()
+        by_type.margins(x=0.45)  # room for the legend
         by_type.set(title="types, by stage", xlabel="degradations")
         by_intensity.hist(self.intensities, bins=20, range=(0, 1), edgecolor="white")
         by_intensity.set(title="intensities", xlabel="s", ylabel="degradations")

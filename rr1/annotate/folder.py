@@ -85,13 +85,19 @@ class Folder:
         return attempts | {step: attempts.get(step, 0) + 1}
 
     def finish(self, order: Sequence[str]) -> list[dict]:
-        """Write all files anew, the rows in the order of these ids; returns the rows."""
+        """Write all files anew, the rows in the order of these ids; returns the rows.
+
+        LLaMA-Factory is given those that have a chain.
+        """
         rows = [self.done[id] for id in order if id in self.done]
         files.write_text(self.train, files.lines_of(rows))
         files.write_text(self.bad, files.lines_of(self.rejected.values()))
-        llama_factory = [
-            {"conversations": row["conversations"], "images": [row["image"]]} for row in rows
-        ]
-        files.write_json(self.path / "llamafactory.json", llama_factory)
-        files.write_json(self.path / "dataset_info.json", {"rr1": DATASET_INFO})
+        llama_factory = []
+        for row in rows:
+            if "length" not in row:
+                turns = {"conversations": row["conversations"], "images": [row["image"]]}
+                llama_factory.append(turns)
+        if llama_factory:
+            files.write_json(self.path / "llamafactory.json", llama_factory)
+            files.write_json(self.path / "dataset_info.json", {"rr1": DATASET_INFO})
         return rows

@@ -12,6 +12,7 @@ from typing import Any, Iterator, NamedTuple
 from rr1.answers import choice_index, plain
 from rr1.chain import IMAGE, Chain, build_question
 from rr1.files import to_json
+from rr1.records import DataError
 
 
 class Truth(NamedTuple):
@@ -50,7 +51,7 @@ def read_questions(path: Path, images: str = "", limit: int = 0) -> list[Source]
 
     A question has image, question, choices (absent or null: open), answer (text, letter or index)
     and perhaps id; or A-OKVQA's fields. Photos are looked for of the first `limit` questions (0:
-    of all). SystemExit names the file, the line and the field.
+    of all). DataError names the file, the line and the field.
     """
     if not path.is_file():
         expected = "A-OKVQA's json, or JSON lines of image, question, choices, answer"
@@ -64,14 +65,14 @@ def read_questions(path: Path, images: str = "", limit: int = 0) -> list[Source]
             if not limit or len(found) < limit:
                 _check_photo(source.photo, folder)
         except ValueError as error:
-            raise SystemExit(f"{where}: {error}") from None
+            raise DataError(f"{where}: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise SystemExit(f"{where}: field {error} is missing or of the wrong kind") from None
+            raise DataError(f"{where}: field {error} is missing or of the wrong kind") from None
         if source.id in found:
-            raise SystemExit(f"{where}: the id {source.id!r} is that of {places[source.id]} too")
+            raise DataError(f"{where}: the id {source.id!r} is that of {places[source.id]} too")
         found[source.id], places[source.id] = source, where
     if not found:
-        raise SystemExit(f"{path}: holds no questions")
+        raise DataError(f"{path}: holds no questions")
     return list(found.values())
 
 
@@ -80,7 +81,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: not a text in UTF-8 ({error}): save it as UTF-8") from None
+        raise DataError(f"{path}: not a text in UTF-8 ({error}): save it as UTF-8") from None
     if text.lstrip().startswith("["):
         for number, row in enumerate(_json(text, str(path)), start=1):
             yield f"{path}, entry {number}", row
@@ -94,7 +95,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise SystemExit(f"{where}: not JSON ({error})") from None
+        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 def _source(row: dict, folder: Path) -> Source:
