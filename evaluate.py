@@ -35,11 +35,15 @@ class Config:
     # models
     models: list[str] = opt(DEFAULT, "NAME=checkpoint folder or hub id")
     plain: list[str] = opt(["base"], "models asked the question alone; all they say is the answer")
+    letters: list[str] = opt(
+        ["base"], "models asked a benchmark's choices by letter; else by index"
+    )
     model: str = opt("", "a single checkpoint, in place of --models; the one asked about --image")
     # data
     data: str = opt("", "file of JSON lines; empty: the drawn world's test.jsonl")
     benchmark: str = opt("", "in place of --data: R-Bench's csv, a VLMEvalKit tsv, A-OKVQA's json")
     images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    skip_bad: bool = opt(False, "leave out, and name, records that cannot be used")
     limit: int = opt(0, "ask about this many records only; 0: all")
     table_2: bool = opt(True, "ask choice questions again on clean pictures and at each level")
     levels: list[float] = opt([0.25, 0.5, 1.0], "of Table 2 (published script: 0.23 0.45 0.9)")
@@ -73,12 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     out, models = Path(config.out), choose_models(config, rt)
     if not config.score_only:
         with runtime.main_first(rt):  # who comes first writes what the others find
-            path, records = read_records(config)
+            records, notes = read_records(config)
+        if rt.is_main and notes:
+            print("\n".join(notes), flush=True)
         levels = config.levels if config.table_2 else None
-        jobs = predictions.make_jobs(records[: config.limit or None], levels, config.seed)
+        machine = (rt, config.batch, config.workers, config.skip_bad)
         for name, checkpoint in models.items():
-            how = how_asked(config, name, checkpoint) | {"data": predictions.fingerprint(path)}
-            predictions.predict(out / name, how, jobs, rt, config.batch, config.workers)
+            by_letter = name in config.letters
+            jobs = predictions.make_jobs(records, levels, config.seed, by_letter)
+            predictions.predict(out / name, how_asked(config, name, checkpoint), jobs, *machine)
     if rt.is_main:
         rows = {name: predictions.read_predictions(out / name) for name in models}
         if config.judge:
@@ -97,11 +104,11 @@ def choose_models(config: Config, rt: runtime.Runtime) -> dict[str, str]:
         if not name or not checkpoint or name in models or Path(name).name != name:
             raise SystemExit(f"--models {text}: expected NAME=CHECKPOINT, each NAME once, no path")
         models[name] = checkpoint
-    unknown = set(config.plain) - set(models) - {"base"}
-    if unknown:
-        raise SystemExit(
-            f"--plain {' '.join(unknown)}: no such model; there are {', '.join(models)}"
-        )
+    for flag, names in (("--plain", config.plain), ("--letters", config.letters)):
+        unknown = set(names) - set(models) - {"base"}
+        if unknown:
+            there = ", ".join(models)
+            raise SystemExit(f"{flag} {' '.join(unknown)}: no such model; there are {there}")
     for name, checkpoint in list(models.items()):
         needed = Path(config.out, name) if config.score_only else Path(checkpoint)
         if f"{name}={checkpoint}" in DEFAULT and not needed.is_dir():
@@ -113,13 +120,15 @@ def choose_models(config: Config, rt: runtime.Runtime) -> dict[str, str]:
     return models
 
 
-def read_records(config: Config) -> tuple[str, list[dict]]:
-    """The file of the questions, and its records."""
+def read_records(config: Config) -> tuple[list[dict], list[str]]:
+    """The records to ask about, and what is to be said about the file."""
     if config.benchmark:
         cache = Path(config.out) / "images"
-        return config.benchmark, benchmarks.read(config.benchmark, config.images, cache)
-    path = config.data or tiny.dataset("test")
-    return path, read(path, config.images)
+        found, notes = benchmarks.read(config.benchmark, config.images, cache, config.skip_bad)
+    else:
+        found = read(config.data or tiny.dataset("test"), config.images, config.skip_bad)
+        notes = [f"left out: {why}" for why in found.bad]
+    return found[: config.limit or None], notes
 
 
 def how_asked(config: Config, name: str, checkpoint: str) -> dict:
@@ -169,7 +178,7 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
     size = "{} x {}".format(*open_image(config.image).size)
     question = build_question(config.question, config.choices)
     job = predictions.JOB | {"image": config.image, "where": "--image", "question": question}
-    [[row]] = predictions.respond(model, processor, [[job]], how)
+    [([row], _)] = predictions.respond(model, processor, [[job]], how)
     text = row["response"]
     chain = parse(text)
     damage = ", ".join(f"{kind} {s:.2f}" for kind, s in chain.degradations) or "none"

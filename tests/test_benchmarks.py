@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 
@@ -87,6 +88,10 @@ ROWS = [
 ]
 
 
+def read(path, images, cache):
+    return benchmarks.read(path, images, cache)[0]
+
+
 @pytest.fixture
 def tsv(tmp_path):
     return write_tsv(tmp_path / "MMTest.tsv", ROWS)
@@ -96,10 +101,10 @@ def tsv(tmp_path):
 
 
 def test_a_tsv(tsv, tmp_path):
-    a, b, c, d, e = benchmarks.read(tsv, None, tmp_path / "cache")
+    a, b, c, d, e = read(tsv, None, tmp_path / "cache")
     assert (
         a["question"]
-        == f'Question: What "is" it?\nLook well.\nOptions:\nA. a cat\nB. a dog\nC. None\n{REQUEST}'
+        == f'Question: What "is" it?\nLook well.\nOptions:\nA. a cat\nB. a dog\n{REQUEST}'
     )
     assert (
         b["question"] == f"Hint: It barks.\nQuestion: And here?\nOptions:\nA. yes\nB. no\n{REQUEST}"
@@ -144,7 +149,7 @@ def test_pictures_beside_a_tsv_and_damage_of_another_make(tmp_path):
         "strength": "3",
     }
     path = write_tsv(tmp_path / "R-Bench-Dis.tsv", [row])
-    (r,) = benchmarks.read(path, tmp_path / "pictures", tmp_path)
+    (r,) = read(path, tmp_path / "pictures", tmp_path)
     assert (
         r["image"] == str(tmp_path / "pictures/x/1.png")
         and r["degradations"] is None
@@ -160,8 +165,10 @@ def test_pictures_beside_a_tsv_and_damage_of_another_make(tmp_path):
         ({"image": "a" * 101}, "not base64"),
         ({"image": ""}, "no image"),
         ({"image": "55"}, "no row of that index"),
-        ({"image": f"['{picture(0)}', '{picture(1)}']"}, "a list of several"),
-        ({"answer": "D"}, "answer is 'D', the options are A, B, C"),
+        ({"image": f"['{picture(0)}', oh]"}, "no list of pictures"),
+        ({"image": "", "image_path": "../x.png"}, "out of the image folder"),
+        ({"image": "", "image_path": "/etc/x.png"}, "out of the image folder"),
+        ({"image": picture(4), "index": 7}, "index 7 stands there twice, with other pictures"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
@@ -169,7 +176,99 @@ def test_a_bad_row_is_named(tmp_path, change, message):
     with pytest.raises(
         records.DataError, match=rf"x\.tsv:4: .*{message}"
     ):  # the row's last line: its question has two
-        benchmarks.read(path, None, tmp_path / "cache")
+        read(path, None, tmp_path / "cache")
+
+
+def test_which_sets_come_damaged(tmp_path):
+    """By the name in R-Bench's data set and in VLMEvalKit; the references are clean."""
+    row = {"index": 1, "image": picture(0), "question": "q", "A": "a", "B": "b", "answer": "A"}
+    for name, graded, damaged in (
+        ("R-bench-dis", False, True),
+        ("R-Bench-Dis", True, True),
+        ("R-Bench-Ref", True, False),
+        ("other", True, True),
+        ("other", False, False),
+    ):
+        path = write_tsv(tmp_path / f"{name}.tsv", [row | ({"strength": 2} if graded else {})])
+        (record,) = read(path, None, tmp_path)
+        assert (record["degradations"] is None) == damaged == ("clean_image" not in record), name
+
+
+def test_absent_cells_are_those_of_pandas(tmp_path):
+    """None and NA are no options, as VLMEvalKit reads them; Nan is bread."""
+    options = {"A": "None", "B": "Nan", "C": "N/A", "D": "nothing", "E": "null"}
+    rows = [{"index": 1, "image": picture(0), "question": "q", "answer": "B"} | options]
+    (record,) = read(write_tsv(tmp_path / "x.tsv", rows), None, tmp_path)
+    assert record["choices"] == ["Nan", "nothing"] and record["letters"] == "BD"
+
+
+def test_an_answer_that_is_no_option_is_kept_and_never_right(tmp_path):
+    """Row 1404 of R-Bench's published file: options A and B, the answer C."""
+    path = write_tsv(tmp_path / "x.tsv", [ROWS[1] | {"image": picture(0), "answer": "C"}])
+    (record,), notes = benchmarks.read(path, None, tmp_path)
+    assert record["answer"] == "C" and len(notes) == 1
+    assert notes[0].endswith("x.tsv:2: the answer 'C' is none of the options A, B")
+    [job] = predictions.make_jobs([record], None, 0)
+    assert [metrics.judge(job | answer(said))["score"] for said in "ABC"] == [0, 0, 0]
+    bad = R_BENCH[0] | {"answer": "D"}
+    (kept, _), notes = benchmarks.read(write_r_bench(tmp_path, [bad, R_BENCH[1]]), None, tmp_path)
+    assert kept["answer"] == "D" and ["Ref_Release.csv:2" in note for note in notes] == [True]
+
+
+def test_skip_bad_leaves_rows_out_and_names_them(tmp_path):
+    good = ROWS[1] | {"image": picture(3)}
+    path = write_tsv(tmp_path / "x.tsv", [good, ROWS[0] | {"image": "a" * 101}, ROWS[4]])
+    found, notes = benchmarks.read(path, None, tmp_path / "cache", skip_bad=True)
+    assert [record["id"] for record in found] == ["7", "10"]
+    assert len(notes) == 1 and "x.tsv:4: image is not base64" in notes[0]
+    path = write_r_bench(tmp_path, [R_BENCH[0], R_BENCH[1] | {"name": "gone"}])
+    found, notes = benchmarks.read(path, None, tmp_path, skip_bad=True)
+    assert [record["id"] for record in found] == ["a.png"] and "dis_image/gone" in notes[0]
+
+
+def test_several_pictures_in_a_row(tmp_path):
+    two = f"['{picture(0)}', '{picture(1)}']"
+    rows = [
+        ROWS[1] | {"image": two},
+        ROWS[1] | {"index": 8, "image": "7"},
+        ROWS[1] | {"index": 9, "image": "", "image_path": "['a.png', 'b.png']"},
+    ]
+    path = write_tsv(tmp_path / "x.tsv", rows)
+    first, second, third = read(path, tmp_path, tmp_path / "cache")
+    assert len(first["image"]) == 2 and first["image"] == second["image"] == first["clean_image"]
+    assert third["image"] == [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
+    jobs = predictions.make_jobs([first], [0.5], 0)
+    assert [job["shown"] for job in jobs] == ["clean"] and len(
+        predictions.pictures_of(jobs[0])
+    ) == 2
+    path = write_tsv(tmp_path / "x.tsv", rows[:2])
+    damage_tsv(path, tmp_path / "y.tsv", [1.0])
+    hurt, again = read(tmp_path / "y.tsv", None, tmp_path / "cache")
+    assert len(hurt["image"]) == 2 and hurt["image"] == again["image"] != first["image"]
+
+
+def test_circles_count_once_and_only_if_all_are_right(tmp_path):
+    """MMBench: index 7 again as 1000007 and 2000007, its options turned."""
+    row = {"image": picture(0), "question": "q", "A": "red", "B": "blue", "category": "x"}
+    turned = {"image": "7", "question": "q", "A": "blue", "B": "red", "category": "x"}
+    rows = [
+        row | {"index": 7, "answer": "A"},
+        turned | {"index": 1000007, "answer": "B"},
+        row | {"index": 8, "answer": "A"},
+        turned | {"index": 1000008, "image": "8", "answer": "B"},
+        row | {"index": 9, "answer": "A"},
+        row | {"index": 5000001, "answer": "A"},  # a large number, and no circle
+    ]
+    found = read(write_tsv(tmp_path / "MMBench.tsv", rows), None, tmp_path)
+    assert [record.get("circle") for record in found] == ["7", "7", "8", "8", None, None]
+    jobs = predictions.make_jobs(found, [1.0], 0)
+    always_a = [job | answer("A") for job in jobs]
+    always_red = [job | answer("red") for job in jobs]
+    clean = report.of_model(always_a)["table_2"]["clean"]
+    assert clean["n"] == 4 and clean["value"] == 2 / 4
+    assert report.of_model(always_red)["categories"]["x"]["value"] == 1
+    versus = metrics.versus(always_red, always_a)
+    assert versus["clean"]["n"] == 4 and versus["clean"]["gained"] == 2
 
 
 def test_a_bad_file_is_named(tmp_path):
@@ -184,12 +283,12 @@ def test_a_bad_file_is_named(tmp_path):
         ("latin", "not a TSV in UTF-8"),
     ):
         with pytest.raises(records.DataError, match=message):
-            benchmarks.read(tmp_path / f"{name}.tsv", None, tmp_path)
+            read(tmp_path / f"{name}.tsv", None, tmp_path)
     for name in ("gone.tsv", "cut.txt"):
         with pytest.raises(
             SystemExit, match="--benchmark .*expected a file that ends in .tsv, .csv"
         ):
-            benchmarks.read(tmp_path / name, None, tmp_path)
+            read(tmp_path / name, None, tmp_path)
 
 
 # ---------------------------------------------------------------- R-Bench and A-OKVQA
@@ -237,7 +336,7 @@ def write_r_bench(folder, rows):
 
 
 def test_r_bench(tmp_path):
-    mcq, vqa, cap = benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path)
+    mcq, vqa, cap = read(write_r_bench(tmp_path, R_BENCH), None, tmp_path)
     assert (
         mcq["choices"] == ["running", "Play football", "sitting; standing"]
         and mcq["answer"] == "B"
@@ -269,8 +368,8 @@ def test_r_bench(tmp_path):
 @pytest.mark.parametrize(
     "i, change, message",
     [
-        (0, {"answer": "E"}, "expected a letter"),
-        (0, {"choice": "running"}, "expected a letter"),
+        (0, {"choice": "running"}, "expected `A.one; B.two`"),
+        (0, {"name": "../a.png"}, "out of the image folder|give --images"),
         (1, {"type": "ABC"}, "expected MCQ"),
         (1, {"strength": "9"}, "expected MCQ"),
         (2, {"answer": "a dog"}, "printed list"),
@@ -279,7 +378,52 @@ def test_r_bench(tmp_path):
 )
 def test_a_bad_row_of_r_bench_is_named(tmp_path, i, change, message):
     with pytest.raises(records.DataError, match=rf"Ref_Release\.csv:3: .*{message}"):
-        benchmarks.read(write_r_bench(tmp_path, [R_BENCH[0], R_BENCH[i] | change]), None, tmp_path)
+        read(write_r_bench(tmp_path, [R_BENCH[0], R_BENCH[i] | change]), None, tmp_path)
+
+
+def test_r_bench_in_utf_8_and_with_full_width_marks(tmp_path):
+    """Whoever saves it as UTF-8 keeps all options."""
+    choice = "A.red\uff1bB\uff0eorange\uff1bC.yellow"
+    path = write_r_bench(tmp_path, [R_BENCH[0] | {"choice": choice}, R_BENCH[1]])
+    path.write_bytes(path.read_bytes().decode("gb18030").encode("utf-8"))
+    mcq, vqa = read(path, None, tmp_path)
+    assert mcq["choices"] == ["red", "orange", "yellow"] and vqa["answer"] == R_BENCH[1]["answer"]
+    path.write_bytes(b"\xff" + path.read_bytes())
+    with pytest.raises(records.DataError, match="neither UTF-8 nor GB18030"):
+        read(path, None, tmp_path)
+
+
+def test_r_benchs_distortions_have_names():
+    names = [benchmarks.name_of_distortion(str(i)) for i in range(1, 34)]
+    assert len(set(names)) == 33 == len(sum(benchmarks.GROUPS.values(), ()))
+    assert names == sorted(names)  # as text: 02 before 10
+    assert names[0] == "01 environment, blur" and names[32] == "33 enhancement, chrominance"
+    assert names[3] == "04 environment, wild" and names[4] == "05 camera, blur"
+    assert benchmarks.name_of_distortion("jpeg") == "jpeg"
+
+
+def test_a_category_that_begins_with_a_digit(tmp_path):
+    rows = [row | {"category": f"{i + 2}D Rotation"} for i, row in enumerate(ROWS[:2])]
+    jobs = predictions.make_jobs(read(write_tsv(tmp_path / "x.tsv", rows), None, tmp_path), None, 0)
+    text = report.as_text({"a": report.of_model([job | answer("B") for job in jobs])})
+    assert "| 2D Rotation " in text and "| 3D Rotation " in text
+
+
+def test_a_model_taught_by_index_is_asked_by_index(tmp_path):
+    """Of ["2", "3", "4", "1"] the answer 3 is B to one model, and D to another."""
+    row = {"index": 1, "image": picture(0), "question": "how many?", "answer": "D", "hint": "Look."}
+    row |= {"A": "2", "B": "3", "C": "4", "D": "1"}
+    found = read(write_tsv(tmp_path / "x.tsv", [row]), None, tmp_path)
+    [letter] = predictions.make_jobs(found, None, 0, by_letter=True)
+    [index] = predictions.make_jobs(found, None, 0, by_letter=False)
+    assert index["question"] == "Look.\nhow many?\n0. 2 1. 3 2. 4 3. 1"
+    assert letter["question"].endswith(f"D. 1\n{REQUEST}")
+    assert metrics.judge(index | answer("3"))["score"] == 1
+    assert metrics.judge(letter | answer("3"))["score"] == 0
+    assert metrics.judge(index | answer("The answer is D."))["score"] == 1
+    reports = {"base": report.of_model([letter | answer("D")])}
+    reports["rl"] = report.of_model([index | answer("3")])
+    assert "choices were asked: base by letter, rl by index." in report.as_text(reports)
 
 
 def test_a_okvqa_is_asked_with_and_without_its_choices(tmp_path):
@@ -297,7 +441,7 @@ def test_a_okvqa_is_asked_with_and_without_its_choices(tmp_path):
     (tmp_path / "a.json").write_text(
         json.dumps([item, item | {"question_id": "q2", "difficult_direct_answer": True}])
     )
-    choice, direct, difficult = records = benchmarks.read(tmp_path / "a.json", tmp_path, tmp_path)
+    choice, direct, difficult = records = read(tmp_path / "a.json", tmp_path, tmp_path)
     assert (
         choice["answer"] == "B"
         and choice["question"]
@@ -408,9 +552,7 @@ def test_proxies_by_hand():
 
 def test_the_report_of_r_bench(tmp_path):
     """Nine cells by its own strength, proxies marked, nothing said of damage that is not known."""
-    jobs = predictions.make_jobs(
-        benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), [0.5], 0
-    )
+    jobs = predictions.make_jobs(read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), [0.5], 0)
     assert [(job["shown"], job["degradations"], job["strength"]) for job in jobs] == [
         ("as is", None, "low"),
         ("as is", None, "mid"),
@@ -494,14 +636,22 @@ def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monke
     assert len(rows) == 15 and {row["shown"] for row in rows.values()} == {"clean", "0.25", "1"}
     assert (
         rows["3 clean"]["answer"] == "B"
-        and rows["3 clean"]["letters"] == "ABC"
+        and rows["3 clean"]["letters"] == "AB"
         and rows["3 clean"]["benchmark"] == "MMTest"
     )
     files = damage_tsv(tsv, tmp_path / "hurt.tsv", [0.25, 1])
     assert [f.name for f in files] == ["hurt_25.tsv", "hurt_100.tsv"] and not list(
         tmp_path.glob("*.tmp")
     )
-    hurt = benchmarks.read(files[1], None, tmp_path / "cache")
+    hurt = read(files[1], None, tmp_path / "cache")
+    for row in hurt:  # read back as damaged, and not damaged once more
+        [damage] = row["degradations"]
+        assert damage == tuple(rows[f"{row['number']} 1"]["degradations"][0].values())
+        assert row["seed"] == str(rows[f"{row['number']} 1"]["damage_seed"])
+    [job] = predictions.make_jobs(hurt[:1], [1.0], 0)
+    assert (job["shown"], job["damage_seed"], job["seed"]) == ("as is", None, hurt[0]["seed"])
+    level = report.of_model([job | answer("B")])["table_1"]["choice medium"]
+    assert (level["value"], level["n"]) == (1, 1)
     for row, (key, source) in zip(
         hurt, (("3 1", 0), ("4 1", 0), ("5 1", 1), ("6 1", 1), ("7 1", 2))
     ):
@@ -562,7 +712,10 @@ class Judge(BaseHTTPRequestHandler):
             )
         )
         reply = self.server.reply(request["messages"][0]["content"])
-        self.send_response(200 if reply is not None else 401)
+        status = self.server.statuses.pop(0) if self.server.statuses else 200
+        self.send_response(status if reply is not None else 401)
+        if status == 429:
+            self.send_header("Retry-After", self.server.wait)
         self.end_headers()
         self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
@@ -573,6 +726,7 @@ class Judge(BaseHTTPRequestHandler):
 @pytest.fixture
 def judge():
     server = HTTPServer(("127.0.0.1", 0), Judge)
+    server.statuses = []
     server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -584,9 +738,7 @@ def judge():
 
 def test_r_benchs_own_votes(judge, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    jobs = predictions.make_jobs(
-        benchmarks.read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0
-    )
+    jobs = predictions.make_jobs(read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0)
     rows = [job | answer(text) for job, text in zip(jobs, ("B", "a caf\u00e9", "a dog"))]
     judge.reply = lambda text: (
         "1."
@@ -633,8 +785,44 @@ def test_r_benchs_own_votes(judge, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_r_benchs_majority_of_votes():
+    """Its notebook: int(sum / 5 + 0.5) of a choice; the others are means."""
+    assert [scores.score_votes([1] * k + [0] * (5 - k), 1)[0] for k in range(6)] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
+    assert scores.score_votes([2, 1, 0, 0, 0], 2) == (0.3, True)
+    assert scores.score_votes([1, 1, None, None, 1], 1) == (1, False)
+    assert scores.score_votes([], 2) == (0, False)
+
+
+def test_a_busy_judge_is_waited_for_and_one_lost_vote_ends_nothing(
+    judge, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    jobs = predictions.make_jobs(read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0)
+    rows = [job | answer("B") for job in jobs[:2]]
+    judge.reply = lambda text: "1"
+    judge.statuses = [429, 429, 429] + [200] * 4 + [400]  # the eighth is refused for good
+    judge.wait = "0.05"
+    votes.vote(rows, judge.url, "m", tmp_path / "votes.jsonl")
+    assert sum(row["votes"].count(1) for row in rows) == 9
+    assert "1 votes could not be had; run again" in capsys.readouterr().out
+    votes.vote(rows, judge.url, "m", tmp_path / "votes.jsonl")
+    assert [row["votes"] for row in rows] == [[1] * 5] * 2
+    judge.statuses = [400] * 1000
+    more = [row | {"response": f"another {i}"} for i, row in enumerate(rows * 10)]
+    with pytest.raises(SystemExit, match="20 requests in a row failed.*Votes are kept"):
+        votes.vote(more, judge.url, "m", tmp_path / "votes.jsonl")
+    assert len(judge.asked) < 60
+
+
 def test_a_chain_model_is_asked_for_its_chain_and_a_plain_one_for_the_choice(tsv, tmp_path):
-    job = predictions.make_jobs(benchmarks.read(tsv, None, tmp_path / "cache"), None, 0)[0]
+    job = predictions.make_jobs(read(tsv, None, tmp_path / "cache"), None, 0)[0]
     assert (
         job["key"] == "3 clean"
         and job["question"].endswith(REQUEST)

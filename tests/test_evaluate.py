@@ -11,6 +11,7 @@ from zlib import crc32
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 from rr1 import data, rollout, runtime, vlm
@@ -285,7 +286,11 @@ def test_the_report(finished, world_folder):
     for name in ("base", "sft"):
         cells = report[name]["table_1"]
         assert (
-            sum(cells[key]["n"] for key in cells if " " in key and key != "per question")
+            sum(
+                e["n"]
+                for key, e in cells.items()
+                if key.split()[-1] in ("light", "medium", "strong")
+            )
             == hurt
             == cells["per question"]["n"]
         )
@@ -332,6 +337,74 @@ def test_an_interrupted_evaluation_goes_on(finished, arguments, tmp_path, asked)
     assert asked["prompts"] == len(whole) - 19  # nothing left to ask
 
 
+def small_world(folder, world_folder, change=None):
+    """The first six records of the world beside its pictures, changed line by line."""
+    rows = [json.loads(line) for line in (world_folder / "test.jsonl").read_text().splitlines()[:6]]
+    rows = change(rows) if change else rows
+    path = folder / "small.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--data", str(path), "--images", str(world_folder), "--no-table-2", "--batch", "4"]
+
+
+def test_mending_one_record_asks_about_that_one_again(checkpoint, world_folder, tmp_path, asked):
+    ask = ["--model", checkpoint, "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    evaluate.main([*ask, *small_world(tmp_path, world_folder)])
+    before = lines(tmp_path / "out/model")
+
+    def mend(rows):
+        rows[1]["conversations"][0]["value"] += " please"  # another question
+        rows[2]["caption"] = "nothing of the kind"  # another truth of the same question
+        return rows[1:]  # and all lines move up
+
+    evaluate.main([*ask, *small_world(tmp_path, world_folder, mend)])
+    rows = [json.loads(line) for line in lines(tmp_path / "out/model")]
+    assert asked["prompts"] == 6 + 1 and [row["key"] for row in rows] == list("12345")
+    assert rows[0]["question"].endswith(" please") and rows[1]["answer"] == "nothing of the kind"
+    aside = (tmp_path / "out/model/set_aside.jsonl").read_bytes().splitlines()
+    assert set(aside) == set(before[:2])
+    evaluate.main([*ask, *small_world(tmp_path, world_folder)])  # what was asked once stays
+    assert asked["prompts"] == 7 and lines(tmp_path / "out/model") == before
+
+
+def test_another_picture_under_the_same_name_is_asked_about(
+    checkpoint, world_folder, tmp_path, asked
+):
+    image = Image.new("RGB", (56, 56), "red")
+    image.save(tmp_path / "a.png")
+    ask = ["--model", checkpoint, "--data", str(one_record(tmp_path)), "--max-new-tokens", "4"]
+    evaluate.main([*ask, "--out", str(tmp_path / "out")])
+    evaluate.main([*ask, "--out", str(tmp_path / "out")])
+    assert asked["prompts"] == 1
+    Image.linear_gradient("L").convert("RGB").resize((56, 56)).save(tmp_path / "a.png")
+    evaluate.main([*ask, "--out", str(tmp_path / "out")])
+    assert asked["prompts"] == 2
+
+
+def test_skip_bad(checkpoint, world_folder, tmp_path, capfd):
+    """A picture that is missing, one that is too long, and a line that is no record."""
+    Image.new("RGB", (2000, 4)).save(tmp_path / "long.png")
+    shutil.copytree(world_folder / "images", tmp_path / "images")
+
+    def spoil(rows):
+        rows[1]["image"] = "images/gone.png"
+        rows[2]["image"] = "long.png"
+        del rows[3]["conversations"]
+        return rows
+
+    ask = ["--model", checkpoint, *small_world(tmp_path, world_folder, spoil)]
+    ask += ["--images", str(tmp_path), "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    with pytest.raises(DataError, match=r"small\.jsonl:4: field 'conversations' is missing"):
+        evaluate.main(ask)
+    for workers in ("0", "1"):
+        evaluate.main([*ask, "--skip-bad", "--workers", workers])
+        said = "".join(capfd.readouterr())
+        assert "left out: " in said and "small.jsonl:4: field" in said
+        assert "small.jsonl:2: " in said and "gone.png" in said
+        assert "small.jsonl:3: " in said and "aspect ratio" in said
+        keys = [json.loads(line)["key"] for line in lines(tmp_path / "out/model")]
+        assert keys == ["1", "5", "6"]
+
+
 def test_predictions_made_otherwise_are_not_mixed(finished, arguments, checkpoint, tmp_path):
     before = lines(finished / "sft")
     for change, field in (
@@ -340,7 +413,6 @@ def test_predictions_made_otherwise_are_not_mixed(finished, arguments, checkpoin
         (["--seed", "1"], "seed"),
         (["--plain", "sft"], "plain: was False, now True"),
         (["--max-pixels", "6272"], "max_pixels: was None, now 6272"),
-        (["--data", str(Path(arguments[4]).with_name("train.jsonl"))], "data"),
     ):
         with pytest.raises(
             SystemExit, match=rf"(?s)sft was begun with other settings.*{field}.*another --out"

@@ -268,14 +268,12 @@ def test_measures_compare_record_by_record():
 
 
 def test_level_borders():
-    assert [metrics.level(t) for t in (0.01, 0.49, 0.5, 0.99, 1.0, 2.0)] == [
-        "low",
-        "low",
-        "mid",
-        "mid",
-        "high",
-        "high",
-    ]
+    levels = [metrics.level(total) for total in (0.01, 0.74, 0.75, 1.49, 1.5, 3.0)]
+    assert levels == ["light", "light", "medium", "medium", "strong", "strong"]
+    clean, hurt, unknown = (row(D(), D()), row(D(), D((NOISE, 0.3))), {"degradations": None})
+    judged = [metrics.judge(r) for r in (clean, hurt, hurt | unknown)]
+    assert [metrics.strength(r) for r in judged] == ["none", "light", None]
+    assert metrics.strength(judged[0] | {"strength": "high"}) == "high"  # a benchmark's own
 
 
 def test_table_1_by_hand():
@@ -287,13 +285,13 @@ def test_table_1_by_hand():
         row(D(), D((NOISE, 0.7)), "x", None, "open"),
     ]
     table = metrics.table_1([metrics.judge(r) for r in rows])
-    assert table["choice low"] == statistics.wilson(1, 2)._asdict() | {"unparsed": 0}
-    assert table["choice high"] == statistics.wilson(0, 1)._asdict() | {"unparsed": 1}
-    assert (
-        table["open mid"]["value"] == 1 and table["open mid"]["n"] == 1
-    )  # the one without a true answer is not scored
-    assert table["caption mid"]["value"] == pytest.approx((1 + 2 / 3) / 2)
-    assert table["open low"]["value"] is None and table["open low"]["n"] == 0
+    assert table["choice none"] == statistics.wilson(1, 1)._asdict() | {"unparsed": 0}
+    assert table["choice light"] == statistics.wilson(1, 2)._asdict() | {"unparsed": 0}
+    assert table["choice strong"] == statistics.wilson(0, 1)._asdict() | {"unparsed": 1}
+    # the one without a true answer is not scored
+    assert table["open light"]["value"] == 1 and table["open light"]["n"] == 1
+    assert table["caption light"]["value"] == pytest.approx((1 + 2 / 3) / 2)
+    assert table["open medium"]["value"] is None and table["open medium"]["n"] == 0
     assert (
         table["overall"]["value"] == pytest.approx((0.5 + 0 + 1 + 5 / 6) / 4)
         and table["overall"]["cells"] == 4
@@ -320,15 +318,14 @@ def test_versus_counts_what_turned_right_and_wrong():
     before = [ask(i, i < 109) for i in range(170)]
     after = [ask(i, 9 <= i < 120) for i in range(170)]
     found = metrics.versus(after[::-1] + [ask(999, True)], before)
-    assert list(found) == ["low"] and found["low"]["n"] == 170
-    assert (found["low"]["gained"], found["low"]["lost"]) == (11, 9)
-    assert (
-        found["low"]["value"] == pytest.approx(2 / 170)
-        and found["low"]["low"] < 0 < found["low"]["high"]
-    )
-    assert found["low"]["p"] == pytest.approx(0.8238, abs=1e-4)
+    assert list(found) == ["light"]
+    light = found["light"]
+    assert (light["n"], light["gained"], light["lost"]) == (170, 11, 9)
+    assert light["value"] == pytest.approx(2 / 170) and light["low"] < 0 < light["high"]
+    assert light["p"] == pytest.approx(0.8238, abs=1e-4)
     keyed = [r | {"key": str(i)} for i, r in enumerate(ROWS)]
-    assert list(metrics.versus(keyed, keyed)) == ["as is", "low", "high", "clean", "0.25", "1"]
+    names = ["none", "light", "strong", "clean", "0.25", "1"]
+    assert list(metrics.versus(keyed, keyed)) == names
 
 
 def test_confusion_by_hand():
@@ -384,6 +381,8 @@ def test_figure_6_by_hand():
         (0.3, 40, 45, 2),
         (pytest.approx(1.7), 40, 50, 1),
     ]
+    types = {level: (e["value"], e["n"]) for level, e in figure["type_f1"].items()}
+    assert types == {"light": (2 * 1 / 4, 2), "strong": (1, 1)}
 
 
 def test_a_plain_model_is_read_whole_and_has_no_figure_6(tmp_path):
@@ -394,8 +393,8 @@ def test_a_plain_model_is_read_whole_and_has_no_figure_6(tmp_path):
         ]
     )
     assert (
-        plain["table_1"]["choice low"]["value"] == 0.5
-        and plain["table_1"]["choice low"]["unparsed"] == 1
+        plain["table_1"]["choice light"]["value"] == 0.5
+        and plain["table_1"]["choice light"]["unparsed"] == 1
     )
     assert "figure_6" not in plain and set(plain["summary"]) == {
         "choice_accuracy",

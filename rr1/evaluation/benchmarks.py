@@ -1,8 +1,8 @@
 """Public benchmarks -> records that evaluate.py asks about, and damaged copies for other tools.
 
     *.tsv     MMMB, MMStar, RealWorldQA, R-Bench-Dis and any other in VLMEvalKit's form
-    *.csv     R-Bench's own Ref_Release.csv (GB18030), beside its folder dis_image: choice and open
-              questions, captions
+    *.csv     R-Bench's own Ref_Release.csv (UTF-8 or GB18030), beside its folder dis_image: choice
+              and open questions, captions
     *.json    A-OKVQA, beside a COCO folder (--images): each question with its choices, and again
               without them (direct answer)
 
@@ -20,142 +20,184 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_uppercase
 
 from rr1 import records
 from rr1.chain import Chain
-from rr1.evaluation.tsv import STRENGTHS, choice_prompt, damage_tsv, read_tsv
+from rr1.evaluation.tsv import STRENGTHS, choice_question, damage_tsv, left_out, read_tsv
 from rr1.records import DataError
+from rr1.records import _inside as inside
 
 # of a record, that go into predictions.jsonl
-FIELDS = ("benchmark", "letters", "strength", "category", "references")
+FIELDS = ("benchmark", "letters", "strength", "category", "references", "circle", "seed")
 R_BENCH = ("name", "question", "choice", "answer", "type", "distortion", "strength")
 FORMS = {"MCQ": "choice", "VQA": "open", "CAP": "caption"}
 OPTION = re.compile(r"(?:^|[;\uff1b])\s*([A-Z])\s*[.:\uff0e]")
+# R-Bench numbers its 33 distortions, and names the seven steps and seven groups that they are in
+STEPS = {4: "environment", 8: "camera", 13: "analog", 18: "source", 22: "channel", 27: "receive"}
+STEPS[33] = "enhancement"  # each from the one before it on
+GROUPS = {
+    "blur": (1, 5, 28),
+    "luminance": (25, 26, 27),
+    "chrominance": (14, 23, 24, 29, 30, 32, 33),
+    "spatial": (6, 13, 18, 19, 20, 21, 22),
+    "noise": (9, 10, 11, 12, 31),
+    "compression": (15, 16, 17),
+    "wild": (2, 3, 4, 7, 8),
+}
 
 
-def read(path: str | Path, images: str | Path | None, cache: Path) -> list[dict]:
-    """The records of a benchmark; DataError names file, line and what is wrong.
+def read(
+    path: str | Path, images: str | Path | None, cache: Path, skip_bad: bool = False
+) -> tuple[list[dict], list[str]]:
+    """The records of a benchmark, and what is to be said about them.
 
     `images`: the folder of its pictures (default: the file's own); `cache`: where pictures that
-    come inside a TSV are put. Clean pictures are their own clean picture; what damaged the others
-    is not known.
+    come inside a TSV are put. DataError names file, line and what is wrong; with `skip_bad` such a
+    record is left out. Clean pictures are their own clean picture. A question whose answer is none
+    of its options is kept, and never right.
     """
     path = Path(path)
     readers = {".tsv": read_tsv, ".csv": read_r_bench, ".json": read_a_okvqa}
     if not path.is_file() or path.suffix not in readers:
         endings = ", ".join(readers)
         raise SystemExit(f"--benchmark {path}: expected a file that ends in {endings}")
+    bad: list[str] = []
+    folder = Path(images) if images else path.parent
+    questions = readers[path.suffix](path, folder, cache, bad if skip_bad else None)
+    if not questions:
+        first = f" that can be used; the first: {bad[0]}" if bad else ""
+        raise DataError(f"{path}: holds no questions{first}")
+    notes = [f"left out: {why}" for why in bad]
     found = []
-    for question in readers[path.suffix](path, Path(images) if images else path.parent, cache):
+    for question in questions:
         record = {"benchmark": path.stem, "choices": None, "response": None, "chain": Chain()}
-        record |= {"number": question["where"].rpartition(":")[2]} | question
-        record["degradations"] = None
-        if not record.pop("damaged"):
-            record |= {"degradations": [], "clean_image": record["image"]}
-        found.append(record)
-    if not found:
-        raise DataError(f"{path}: holds no questions")
-    return found
+        if "degradations" not in question:
+            record |= {"degradations": [], "clean_image": question["image"]}
+        found.append(record | question)
+        answer, letters = question["answer"], question.get("letters")
+        if letters and answer is not None and answer not in list(letters):
+            why = f"the answer {answer!r} is none of the options {', '.join(letters)}"
+            notes.append(f"never right: {question['where']}: {why}")
+    return found, notes
 
 
 # ---------------------------------------------------------------- R-Bench
 
 
-def read_r_bench(path: Path, images: Path, cache: Path) -> Iterator[dict]:
+def read_r_bench(path: Path, images: Path, cache: Path, bad: list[str] | None) -> list[dict]:
     """Pictures: dis_image/NAME in `images`. A caption's answer is a printed list of five."""
-    try:
-        rows = csv.DictReader(io.StringIO(path.read_text(encoding="gb18030"), newline=""))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not in GB18030 ({error}): is it R-Bench's own file?") from error
+    rows = csv.DictReader(io.StringIO(decode(path), newline=""))
     there = rows.fieldnames or ()
     missing = [name for name in R_BENCH if name not in there]
     if missing:
         columns = f"no column {', '.join(missing)}; there are {', '.join(there)}"
         raise DataError(f"{path}:1: {columns}")
+    questions = []
     for cells in rows:
         where = f"{path}:{rows.line_num}"
-        row = {name: (cells[name] or "").strip() for name in R_BENCH}
-        if row["type"] not in FORMS or row["strength"] not in STRENGTHS:
-            came = f"type is {row['type']!r} and strength {row['strength']!r}"
-            raise DataError(f"{where}: {came}; expected MCQ, VQA or CAP and 1, 2 or 3")
-        question = {
-            "where": where,
-            "id": row["name"],
-            "form": FORMS[row["type"]],
-            "question": row["question"],
-            "answer": row["answer"],
-            "image": find_image(images / "dis_image" / row["name"], where),
-            "damaged": True,
-            "strength": STRENGTHS[row["strength"]],
-            "category": row["distortion"],
-        }
-        if question["form"] == "choice":
-            options = read_options(row, where)
-            question["question"] = choice_prompt(row["question"], options)
-            question["choices"], question["letters"] = list(options.values()), "".join(options)
-        elif question["form"] == "caption":
-            question["references"] = read_references(row["answer"], where)
-            question["answer"] = question["references"][0]
-        yield question
+        with left_out(bad, where):
+            row = {name: (cells[name] or "").strip() for name in R_BENCH}
+            image = find_image(images, row["name"])
+            number = {"number": rows.line_num, "where": where, "image": image}
+            questions.append(read_r_bench_row(row) | number)
+    return questions
 
 
-def read_options(row: dict[str, str], where: str) -> dict[str, str]:
+def decode(path: Path) -> str:
+    """The text of a file in UTF-8, or else in GB18030, as R-Bench publishes it."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass
+    try:
+        return content.decode("gb18030")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: neither UTF-8 nor GB18030 ({error})") from error
+
+
+def read_r_bench_row(row: dict[str, str]) -> dict:
+    if row["type"] not in FORMS or row["strength"] not in STRENGTHS:
+        came = f"type is {row['type']!r} and strength {row['strength']!r}"
+        raise ValueError(f"{came}; expected MCQ, VQA or CAP and 1, 2 or 3")
+    form, text, answer = FORMS[row["type"]], row["question"], row["answer"]
+    question = {"id": row["name"], "form": form, "question": text, "answer": answer}
+    question["strength"] = STRENGTHS[row["strength"]]
+    question["category"] = name_of_distortion(row["distortion"])
+    question["degradations"] = None  # not known
+    if form == "choice":
+        question |= choice_question(text, read_options(row["choice"]), answer)
+    elif form == "caption":
+        question["references"] = read_references(answer)
+        question["answer"] = question["references"][0]
+    return question
+
+
+def name_of_distortion(number: str) -> str:
+    """`05 camera, blur`; what is no number of R-Bench's is a name already."""
+    if not number.isdigit() or not 1 <= int(number) <= 33:
+        return number
+    step = next(name for last, name in STEPS.items() if int(number) <= last)
+    group = next(name for name, members in GROUPS.items() if int(number) in members)
+    return f"{int(number):02} {step}, {group}"
+
+
+def read_options(choice: str) -> dict[str, str]:
     """`A.running; B.Play football` -> {letter: text}."""
-    _, *parts = OPTION.split(row["choice"])
+    _, *parts = OPTION.split(choice)
     texts = [text.strip(" ;\uff1b") for text in parts[1::2]]
     options = dict(zip(parts[::2], texts))
-    if row["answer"] not in options or list(options) != list(ascii_uppercase[: len(options)]):
-        came = f"answer {row['answer']!r} to the choice {row['choice']!r}"
-        raise DataError(f"{where}: {came}; expected a letter of `A.one; B.two`")
+    if not options or list(options) != list(ascii_uppercase[: len(options)]):
+        raise ValueError(f"choice is {choice!r}; expected `A.one; B.two`")
     return options
 
 
-def read_references(answer: str, where: str) -> list[str]:
+def read_references(answer: str) -> list[str]:
     try:
         references = [str(text) for text in ast.literal_eval(answer)]
     except (ValueError, SyntaxError, TypeError):
         references = []
     if not references:
-        came = f"answer is {answer[:60]!r}"
-        raise DataError(f"{where}: {came}; expected a printed list of captions")
+        raise ValueError(f"answer is {answer[:60]!r}; expected a printed list of captions")
     return references
 
 
-def find_image(image: Path, where: str) -> str:
+def find_image(images: Path, name: str) -> str:
     """The picture's file, which the table may name without its ending."""
+    path = inside(images, f"dis_image/{name}")
     for ending in ("", ".png", ".jpg"):
-        found = image.with_name(image.name + ending)
-        if found.is_file():
-            return str(found)
-    raise DataError(f"{where}: no {image}: give --images, the folder that holds dis_image")
+        if Path(path + ending).is_file():
+            return path + ending
+    raise ValueError(f"no {path}: give --images, the folder that holds dis_image")
 
 
 # ---------------------------------------------------------------- A-OKVQA
 
 
-def read_a_okvqa(path: Path, images: Path, cache: Path) -> Iterator[dict]:
+def read_a_okvqa(path: Path, images: Path, cache: Path, bad: list[str] | None) -> list[dict]:
     """Each question with its choices, and without (direct), less those marked difficult."""
-    for r in records.read(path, images):
-        where = f"{path}:{r['number']}"
-        if "direct_answers" not in r and "correct_choice_idx" not in r:
-            missing = "neither correct_choice_idx nor direct_answers"
-            raise DataError(f"{where}: {missing}: expected A-OKVQA's train or val file")
-        options = dict(zip(ascii_uppercase, r["choices"]))
-        asked = {"where": where, "id": r["id"], "image": r["image"], "damaged": False}
-        choice = {"form": "choice", "question": choice_prompt(r["question_alone"], options)}
-        choice |= {"choices": r["choices"], "letters": "".join(options), "answer": None}
-        if r["answer"] is not None:
-            choice["answer"] = ascii_uppercase[int(r["answer"])]
-        yield asked | choice
-        answers = r.get("direct_answers")
-        if answers and not r.get("difficult_direct_answer"):
-            [(usual, _)] = Counter(answers).most_common(1)
-            direct = {"number": f"{r['number']} direct", "form": "direct"}
-            direct |= {"question": r["question_alone"], "answer": usual, "references": answers}
-            yield asked | direct
+    found = records.read(path, images, bad is not None)
+    if bad is not None:
+        bad += found.bad
+    questions = []
+    for r in found:
+        asked = {name: r[name] for name in ("number", "where", "id", "image")}
+        with left_out(bad, r["where"]):
+            if "direct_answers" not in r and "correct_choice_idx" not in r:
+                missing = "neither correct_choice_idx nor direct_answers"
+                raise ValueError(f"{missing}: expected A-OKVQA's train or val file")
+            options = dict(zip(ascii_uppercase, r["choices"]))
+            answer = "" if r["answer"] is None else ascii_uppercase[int(r["answer"])]
+            questions.append(asked | choice_question(r["question_alone"], options, answer))
+            people = r.get("direct_answers")
+            if people and not r.get("difficult_direct_answer"):
+                [(usual, _)] = Counter(people).most_common(1)
+                direct = {"number": f"{r['number']} direct", "form": "direct"}
+                direct |= {"question": r["question_alone"], "answer": usual, "references": people}
+                questions.append(asked | direct)
+    return questions
 
 
 def main(argv: list[str] | None = None) -> None:

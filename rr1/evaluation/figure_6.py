@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from degrade import DEGRADATIONS, Degradation
-from rr1.evaluation.metrics import Rows, is_damaged
+from rr1.evaluation.metrics import LEVELS, Rows, grouped, is_damaged, measures, strength
 from rr1.evaluation.statistics import bootstrap, wilson
 
 TYPES = (*DEGRADATIONS, "other")  # "other": a name that is not one of the sixteen
@@ -16,8 +16,8 @@ WIDTH = 0.25  # of the bins of total intensity in (B)
 def figure_6(judged: Rows, seed: int = 0) -> dict:
     """Figure 6 of a chain model: (A) types and intensities on damaged pictures, (B) chain length.
 
-    "intensity" and "length" are curves: a list of bins with their n. "clean_called_damaged": the
-    share of the data's clean pictures of which any damage is claimed.
+    "intensity" and "length" are curves: a list of bins with their n. "type_f1" is by level of the
+    damage; "clean_called_damaged": the share of clean pictures of which any damage is claimed.
     """
     own = [row for row in judged if row["shown"] == "as is"]
     hurt = [row for row in own if is_damaged(row)]
@@ -28,8 +28,19 @@ def figure_6(judged: Rows, seed: int = 0) -> dict:
         "confusion": confusion(pairs).tolist(),
         "intensity": curve(intensity_points(hurt), ["true"], seed),
         "length": curve(length_points(own), ["total", "truth"], seed),
+        "type_f1": type_f1_by_level(hurt, seed),
         "clean_called_damaged": wilson(sum(claims), len(claims))._asdict(),
     }
+
+
+def type_f1_by_level(hurt: Rows, seed: int) -> dict[str, dict]:
+    by_level = grouped(hurt, map(strength, hurt))
+    found = {}
+    for level in LEVELS:
+        if level in by_level:
+            above, below = measures(by_level[level])["type_f1"]
+            found[level] = bootstrap(above, below, seed)._asdict()
+    return found
 
 
 def confusion(pairs: Iterable[tuple[list, list]]) -> np.ndarray:

@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rr1.evaluation.figure_6 import TYPES
-from rr1.evaluation.metrics import CELLS
 from rr1.files import save_figure
 
 # the first: base, plain
@@ -83,14 +82,17 @@ def draw_curve(axes: Axes, x: np.ndarray, estimates: list[dict], color: str, lab
 
 
 def table_1(reports: Reports) -> Figure:
-    """Grouped bars: nine cells, a bar a model, with n below."""
-    title = "Right answers on damaged pictures, by form of question and total intensity"
+    """Grouped bars: a bar a model in each cell, with n below."""
+    title = "Right answers by form of question and strength of the damage"
     axes = new_axes(10, 4.2, title=title, ylabel="share right (captions: F1)")
-    centres = np.arange(9) + np.arange(9) // 3 * 0.5  # a gap between the forms
+    first = next(iter(reports.values()))
+    keys = [key for key in first["table_1"] if key not in ("overall", "per question")]
+    order = np.arange(len(keys))
+    centres = order + order // (len(keys) // 3) * 0.5  # a gap between the three forms
     width = 0.8 / len(reports)
-    counts = np.zeros(9, int)
+    counts = np.zeros(len(keys), int)
     for i, (name, report) in enumerate(reports.items()):
-        cells = [report["table_1"][key] for key in CELLS]
+        cells = [report["table_1"][key] for key in keys]
         n = values(cells, "n")
         counts = np.maximum(counts, n)
         there = [cell for cell in cells if cell["n"]]
@@ -104,7 +106,7 @@ def table_1(reports: Reports) -> Figure:
             yerr=error_bars(there),
             error_kw={"elinewidth": 1, "ecolor": "#333333"},
         )
-    names = [f"{key}\nn {count}" for key, count in zip(CELLS, counts)]
+    names = [key.replace(" ", "\n") + f"\nn {count}" for key, count in zip(keys, counts)]
     axes.set_xticks(centres, names, fontsize=9)
     axes.legend(frameon=False, ncols=len(reports), loc="upper right", fontsize=9)
     axes.set_ylim(0, 1.12)

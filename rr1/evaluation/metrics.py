@@ -28,8 +28,9 @@ from rr1.evaluation.statistics import (
 from rr1.rewards import match_types, r_deg, r_len
 
 FORMS = ("choice", "open", "caption")
-LEVELS = ("low", "mid", "high")
-CELLS = [f"{form} {level}" for form in FORMS for level in LEVELS]
+# strength of the damage: from which total intensity on it is called so; none: there is no damage
+LEVELS = {"none": 0.0, "light": 0.0, "medium": 0.75, "strong": 1.5}
+GRADES = ("low", "mid", "high")  # a benchmark's own
 Rows = Sequence[dict]
 
 
@@ -73,6 +74,26 @@ def judge(row: dict) -> dict:
     return judged
 
 
+def judge_all(rows: Rows) -> list[dict]:
+    """Every row judged; of a circle (a choice asked again, its options turned) one is left.
+
+    It is right only if all of them are, and read only if all of them are.
+    """
+    judged = [judge(row) for row in rows]
+    circles: dict = {}
+    for i, row in enumerate(judged):
+        name = (row["circle"], row["shown"]) if "circle" in row else i
+        circles.setdefault(name, []).append(row)
+    left = []
+    for first, *others in circles.values():
+        for row in others:
+            if row["score"] is not None:
+                first["score"] = min(first["score"], row["score"])
+                first["parsed"] = first["parsed"] and row["parsed"]
+        left.append(first)
+    return left
+
+
 def score(row: dict) -> tuple[float, bool]:
     """(score in [0, 1], whether the answer could be read)."""
     if "votes" in row:
@@ -92,8 +113,9 @@ def score(row: dict) -> tuple[float, bool]:
 
 
 def level(total: float) -> str:
-    """Strength of a damaged picture by its total intensity: low below 0.5, mid below 1, high."""
-    return LEVELS[(total >= 0.5) + (total >= 1.0)]
+    """Of a damaged picture: light (below 0.75), medium (below 1.5) or strong."""
+    *_, strongest = [name for name, least in LEVELS.items() if total >= least]
+    return strongest
 
 
 def measures(judged: Rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -154,8 +176,10 @@ def strength(row: dict) -> str | None:
     """A benchmark's own strength, or the `level` of the total intensity; None if not known."""
     if "strength" in row:
         return row["strength"]
-    if not row["true_types"]:
+    if row["degradations"] is None:
         return None
+    if not row["true_types"]:
+        return "none"
     return level(row["total"])
 
 
@@ -214,20 +238,32 @@ def scored(judged: Iterable[dict], *forms: str) -> list[dict]:
     return [row for row in judged if row["score"] is not None and row["form"] in forms]
 
 
+def cells_of(judged: Rows) -> list[str]:
+    """The rows of Table 1: form of question by level, or by a benchmark's own grades."""
+    levels = list(LEVELS)
+    if any("strength" in row for row in judged):
+        levels = GRADES
+    return [f"{form} {level}" for form in FORMS for level in levels]
+
+
 def table_1(judged: Rows, seed: int = 0) -> dict:
-    """Table 1: damaged pictures, three forms of question by three levels of strength.
+    """Table 1: the records' own pictures, three forms of question by strength of the damage.
 
     Choice and open: the share right; captions: mean F1; of R-Bench, votes or a proxy for them.
-    "overall" is the plain mean of the cells, "per question" the mean over questions.
+    "overall" is the plain mean of the nine cells of damaged pictures, "per question" the mean over
+    questions about them.
     """
-    rows = scored(filter(is_damaged, judged), *FORMS)
+    own = [row for row in judged if row["shown"] == "as is"]
+    rows = scored(own, *FORMS)
     names = [f"{row['form']} {strength(row)}" for row in rows]
     groups = grouped(rows, names)
-    cells = {name: groups.get(name, []) for name in CELLS}
+    cells = {name: groups.get(name, []) for name in cells_of(judged)}
     table = {name: share(cell, seed) for name, cell in cells.items()}
-    overall, per_question = means(cells.values(), rows, seed)
+    damaged_cells = [cell for name, cell in cells.items() if not name.endswith("none")]
+    hurt = list(filter(is_damaged, rows))
+    overall, per_question = means(damaged_cells, hurt, seed)
     table |= {"overall": overall, "per question": per_question}
-    overall["cells"] = len(groups.keys() & set(CELLS))
+    overall["cells"] = sum(map(bool, damaged_cells))
     return table
 
 
@@ -241,7 +277,7 @@ def table_2(judged: Rows, form: str = "choice", seed: int = 0) -> dict:
 
 def place(name: str) -> float:
     """Where a way of showing pictures stands in a table: as they came, clean, by level."""
-    words = ["as is", *LEVELS, "clean"]
+    words = ["as is", *GRADES, *LEVELS, "clean"]
     if name in words:
         return words.index(name) - len(words)
     return float(name)
@@ -266,10 +302,9 @@ def versus(after: Rows, before: Rows, seed: int = 0) -> dict:
     The difference with its paired interval, how many answers turned right (gained) and wrong
     (lost), and McNemar's exact p. Questions that only one of them was asked are left out.
     """
-    then = {row["key"]: judge(row) for row in before}
-    asked_both = [row for row in after if row["key"] in then]
-    judged = [judge(row) for row in asked_both]
-    now = scored(judged, "choice")
+    then = {row["key"]: row for row in judge_all(before)}
+    now = [row for row in judge_all(after) if row["key"] in then]
+    now = scored(now, "choice")
     groups = grouped(now, map(way_of_showing, now))
     table = {}
     for name in sorted(groups, key=place):

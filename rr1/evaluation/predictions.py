@@ -7,7 +7,8 @@ found again.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -21,9 +22,10 @@ from degrade import degrade
 from rr1 import data, fast, files, rollout, runtime, vlm
 from rr1.chain import Chain, build_prompt
 from rr1.evaluation.benchmarks import FIELDS
-from rr1.evaluation.tsv import draw_damage
-from rr1.records import DataError, image_paths, open_image
+from rr1.evaluation.tsv import draw_damage, left_out
+from rr1.records import image_paths, named, open_image
 
+SET_ASIDE = "set_aside.jsonl"
 # what every job has: a picture as it came, and no true response
 JOB = {"key": "", "damage_seed": None, "true_response": None}
 
@@ -53,11 +55,14 @@ def pictures_of(job: dict) -> list[Shown]:
     return [Shown(path, damage, job["damage_seed"]) for path in image_paths(job["image"])]
 
 
-def make_jobs(records: Sequence[dict], levels: Sequence[float] | None, seed: int) -> list[dict]:
+def make_jobs(
+    records: Iterable[dict], levels: Sequence[float] | None, seed: int, by_letter: bool = True
+) -> list[dict]:
     """What will be asked: rows of predictions.jsonl that lack their response.
 
     A record's own picture, and of choice questions (of a clean picture: of all) its clean picture,
-    undamaged and at each level. `levels` None: the records' own pictures only.
+    undamaged and at each level. `levels` None: the records' own pictures only. A benchmark's choice
+    is asked by letter, or by index, as the data teach (asked: "letter" or "index").
     """
     jobs = []
     for record in records:
@@ -73,22 +78,48 @@ def make_jobs(records: Sequence[dict], levels: Sequence[float] | None, seed: int
             "answer": data.short_answer(record),
         }
         job |= {name: record[name] for name in FIELDS if name in record}
+        if "indexed" in record:
+            job["asked"] = "letter" if by_letter else "index"
+            job["question"] = record["question" if by_letter else "indexed"]
         image, clean = record["image"], record.get("clean_image")
+        is_single = not isinstance(image, list)
         if image != clean:
             as_is = {"shown": "as is", "image": image, "true_response": record["response"]}
             if known is not None:
-                known = [d._asdict() for d in Chain(known).degradations]  # by canonical names
+                with named(record["where"]):
+                    known = [d._asdict() for d in Chain(known).degradations]  # by canonical names
             jobs.append(job | as_is | {"degradations": known})
-            again = levels is not None and form == "choice" and not isinstance(image, list)
-            if clean is None or not again:
+            if clean is None or levels is None or form != "choice" or not is_single:
                 continue
         job["image"] = clean
         jobs.append(job | {"key": f"{key} clean", "shown": "clean", "degradations": []})
-        kind, job["damage_seed"] = draw_damage(Path(clean).name, seed)
-        for s in levels or ():
-            damage = [{"type": kind, "intensity": s}]
-            jobs.append(job | {"key": f"{key} {s:g}", "shown": f"{s:g}", "degradations": damage})
+        if levels and is_single:
+            kind, job["damage_seed"] = draw_damage(Path(clean).name, seed)
+            for s in levels:
+                damage = [{"type": kind, "intensity": s}]
+                shown = {"key": f"{key} {s:g}", "shown": f"{s:g}", "degradations": damage}
+                jobs.append(job | shown)
     return jobs
+
+
+def by_mark(jobs: list[dict]) -> dict[str, dict]:
+    """mark -> job. The mark says what is asked and shown, wherever the files lie; it is in the row.
+
+    So a record that was mended is asked anew, and no other one. Equal jobs are told apart by count.
+    """
+    found: dict[str, dict] = {}
+    for job in jobs:
+        parts = [job[name] for name in ("form", "question", "degradations", "true_response")]
+        for path in image_paths(job["image"]):
+            size = os.path.getsize(path) if os.path.exists(path) else None
+            parts += [os.path.basename(path), size, job["damage_seed"]]
+        digest = hashlib.sha256(files.to_json(parts).encode()).hexdigest()[:16]
+        count = 1
+        while f"{digest} {count}" in found:
+            count += 1
+        job["mark"] = f"{digest} {count}"
+        found[job["mark"]] = job
+    return found
 
 
 # ---------------------------------------------------------------- asking
@@ -101,16 +132,18 @@ def predict(
     rt: runtime.Runtime,
     batch: int = 64,
     workers: int = 0,
+    skip_bad: bool = False,
 ) -> None:
-    """Do the jobs that the folder's predictions.jsonl does not hold yet.
+    """Do the jobs that the folder does not hold yet.
 
     `meta` is how they are done, and what meta.json must say if there are answers already: model
     (checkpoint), weights, seed, plain, temperature, max_new_tokens, min_pixels, max_pixels. The
-    processes share the batches out; at the end all rows stand in predictions.jsonl in the order of
-    the jobs.
+    processes share the batches out; at the end the rows stand in predictions.jsonl in the order of
+    the jobs. `skip_bad`: a picture that cannot be used leaves its jobs out.
     """
-    done = {row["key"] for row in read_predictions(folder)}
-    if done:
+    wanted = by_mark(jobs)
+    stored = read_stored(folder)
+    if stored:
         advice = "Give another --out, delete that folder to predict anew, or use --score-only."
         files.same_settings(folder / "meta.json", meta, {"model"}, advice)
     runtime.barrier(rt)  # all have read before anything is written
@@ -118,19 +151,21 @@ def predict(
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "meta.json", meta)
     runtime.barrier(rt)
-    todo = [job for job in jobs if job["key"] not in done]
+    todo = [job for mark, job in wanted.items() if mark not in stored]
     size = min(batch, math.ceil(len(todo) / rt.world_size))
     batches = in_batches(todo, size)[rt.rank :: rt.world_size]
     if batches:
         model, processor = load_model(meta, rt)
         path = folder / ("predictions.jsonl" if rt.is_main else f"predictions.{rt.rank}.jsonl")
         progress = tqdm(total=sum(map(len, batches)), desc=folder.name, disable=not rt.is_main)
-        for rows in respond(model, processor, batches, meta, workers):
+        for rows, problems in respond(model, processor, batches, meta, workers, skip_bad):
             files.append_lines(path, rows)
             progress.update(len(rows))
+            for problem in problems:
+                progress.write(f"left out: {problem}")
     runtime.barrier(rt)
     if rt.is_main:
-        collect(folder, jobs)
+        collect(folder, wanted)
 
 
 def load_model(meta: dict, rt: runtime.Runtime) -> tuple:
@@ -157,22 +192,25 @@ def in_batches(jobs: list[dict], size: int) -> list[list[dict]]:
 
 
 def respond(
-    model, processor: vlm.Processor, batches: list[list[dict]], meta: dict, workers: int = 0
-) -> Iterator[list[dict]]:
-    """The rows of the jobs, batch by batch; a picture is read and encoded once in each."""
+    model,
+    processor: vlm.Processor,
+    batches: list[list[dict]],
+    meta: dict,
+    workers: int = 0,
+    skip_bad: bool = False,
+) -> Iterator[tuple[list[dict], list[str]]]:
+    """(rows, why others are left out), batch by batch; a picture is encoded once in each."""
 
-    def load(k: int) -> tuple[list[Shown], torch.Tensor, torch.Tensor]:
-        images: dict[Shown, Image.Image] = {}
-        for job in batches[k]:
-            for shown in pictures_of(job):
-                if shown not in images:
-                    images[shown] = open_for(job, shown)
-        return list(images), *processor.pixels(list(images.values()))
+    def load(k: int) -> tuple[list[dict], dict, list[str]]:
+        return open_pictures(batches[k], processor, skip_bad)
 
-    for k, (shown, pixel_values, grids) in data.prefetch(load, range(len(batches)), workers):
-        jobs = batches[k]
+    for _, (jobs, images, problems) in data.prefetch(load, range(len(batches)), workers):
+        if not jobs:
+            yield [], problems
+            continue
+        pixel_values, grids = processor.pixels(list(images.values()))
         features = vlm.encode_images(model, pixel_values, grids)  # (visual tokens, H) each
-        encoded = dict(zip(shown, zip(grids, features)))
+        encoded = dict(zip(images, zip(grids, features)))
         prompts = [make_prompt(model, processor, job, meta["plain"], encoded) for job in jobs]
         # the seed of an answer is the same for every model and batch size
         seeds = [crc32(f"{meta['seed']} {job['key']}".encode()) for job in jobs]
@@ -186,15 +224,25 @@ def respond(
             temperature=meta["temperature"],
             banned=processor.banned_ids,
         )
-        yield [made(job, answer, meta["plain"], processor) for job, [answer] in zip(jobs, sampled)]
+        rows = [made(job, answer, meta["plain"], processor) for job, [answer] in zip(jobs, sampled)]
+        yield rows, problems
 
 
-def open_for(job: dict, shown: Shown) -> Image.Image:
-    """The picture; an error names the record's file and line too."""
-    try:
-        return shown.open()
-    except DataError as error:
-        raise DataError(f"{job['where']}: {error}") from error
+def open_pictures(
+    jobs: list[dict], processor: vlm.Processor, skip_bad: bool
+) -> tuple[list[dict], dict[Shown, Image.Image], list[str]]:
+    """(jobs that can be done, their pictures, why others cannot): DataError, or left out."""
+    images: dict[Shown, Image.Image] = {}
+    usable, problems = [], []
+    for job in jobs:
+        with left_out(problems if skip_bad else None, job["where"]):
+            for shown in pictures_of(job):
+                if shown not in images:
+                    image = shown.open()
+                    processor.image_tokens(*image.size)  # an error if it cannot be shown
+                    images[shown] = image
+            usable.append(job)
+    return usable, images, problems
 
 
 def make_prompt(model, processor, job: dict, plain: bool, encoded: dict) -> vlm.Prompt:
@@ -237,18 +285,26 @@ def fingerprint(name: str | Path) -> str:
 
 
 def read_predictions(folder: Path) -> list[dict]:
-    """The rows on disk, from the files of all processes, each once."""
-    rows = {}
-    for path in sorted(folder.glob("predictions*.jsonl")):
-        for row in files.read_lines(path):
-            rows[row["key"]] = row
-    return list(rows.values())
+    """The rows to report on, from the files of all processes."""
+    paths = sorted(folder.glob("predictions*.jsonl"))
+    return [row for path in paths for row in files.read_lines(path)]
 
 
-def collect(folder: Path, jobs: list[dict]) -> None:
-    """Bring all rows into predictions.jsonl, in the order of the jobs."""
-    order = {job["key"]: i for i, job in enumerate(jobs)}
-    rows = sorted(read_predictions(folder), key=lambda row: order.get(row["key"], len(order)))
+def read_stored(folder: Path) -> dict[str, dict]:
+    """mark -> row: of all that was ever asked."""
+    rows = files.read_lines(folder / SET_ASIDE) + read_predictions(folder)
+    return {row.get("mark", row["key"]): row for row in rows}
+
+
+def collect(folder: Path, wanted: dict[str, dict]) -> None:
+    """Bring the rows of these jobs into predictions.jsonl, with the answers that are true now.
+
+    All others go to set_aside.jsonl, for the day on which they are asked about again.
+    """
+    stored = read_stored(folder)
+    rows = [stored.pop(mark) | job for mark, job in wanted.items() if mark in stored]
+    if stored:
+        files.write_text(folder / SET_ASIDE, files.lines_of(stored.values()))
     files.write_text(folder / "predictions.jsonl", files.lines_of(rows))
     for path in folder.glob("predictions.*.jsonl"):
         path.unlink()

@@ -6,7 +6,7 @@ from rr1.evaluation.figure_6 import figure_6
 from rr1.evaluation.metrics import (
     categories,
     damaged,
-    judge,
+    judge_all,
     summary,
     table_1,
     table_2,
@@ -15,14 +15,13 @@ from rr1.evaluation.statistics import cell, interval, markdown
 
 SUMMARY = "Damaged pictures, one line a model:"
 TABLE_1 = """\
-Table 1: damaged pictures by strength (a benchmark's own, or total intensity: low < 0.5, mid < 1,
-high). Choice and open: share right; captions: F1 of phrases; "proxy" and "votes": see
-rr1/evaluation/scores.py and votes.py. value [95 % interval] n. An unread answer counts as wrong.
-Overall is the plain mean of the nine cells."""
+Table 1: pictures by strength of the damage (a benchmark's own, or by total intensity: none,
+light < 0.75, medium < 1.5, strong). Choice and open: share right; captions: F1 of phrases; "proxy"
+and "votes": see rr1/evaluation/scores.py and votes.py. value [95 % interval] n. An unread answer
+counts as wrong. Overall is the plain mean of the nine cells of damaged pictures."""
 TABLE_2 = """\
 Table 2: choice questions on the clean picture and on it damaged by one type at each intensity:
 share right."""
-OF_FIGURE_6 = ("type_f1", "intensity_error", "length", "clean_called_damaged")
 CATEGORIES = "Choice questions by category, on the pictures as they came."
 FIGURE_6 = """\
 Figure 6: types, intensities and length of the chain on damaged pictures; clean pictures called
@@ -35,11 +34,13 @@ test)."""
 
 def of_model(rows: Sequence[dict], seed: int = 0) -> dict:
     """Everything about one model, from the rows of its predictions.jsonl; plain numbers only."""
-    judged = [judge(row) for row in rows]
+    judged = judge_all(rows)
     own = [row for row in judged if row["shown"] == "as is"]
     summed = summary(damaged(judged), seed)
+    asked = {row.get("asked", "") for row in rows} - {""}
     others = {form: table_2(judged, form, seed) for form in ("open", "direct")}
     found = {
+        "asked": " and ".join(sorted(asked)),
         "summary": {name: estimate._asdict() for name, estimate in summed.items()},
         "table_1": table_1(judged, seed) if own else {},
         "table_2": table_2(judged, seed=seed),
@@ -61,6 +62,9 @@ def as_text(reports: dict[str, dict]) -> str:
     first = next(iter(reports))
     parts = {name: tables(report) for name, report in reports.items()}
     blocks = [SUMMARY, summary_table(reports)]
+    asked = [f"{name} by {report['asked']}" for name, report in reports.items() if report["asked"]]
+    if asked:
+        blocks.append(f"A benchmark's choices were asked: {', '.join(asked)}.")
     for title in [*parts[first], FIGURE_6, VERSUS]:
         columns = {name: part[title] for name, part in parts.items() if title in part}
         if title.format(first) not in blocks and any(columns.values()):
@@ -98,9 +102,16 @@ def tables(report: dict) -> dict[str, dict[str, str]]:
         found[f"The same for {form} questions."] = cells(table, label)
     found[CATEGORIES] = cells(report["categories"])
     if "figure_6" in report:
-        numbers = report["figure_6"] | report["summary"]
-        rows = {name: numbers[name] for name in OF_FIGURE_6}
-        found[FIGURE_6] = cells(rows, spaced)
+        figure, summed = report["figure_6"], report["summary"]
+        found[FIGURE_6] = cells(
+            {
+                "type F1": summed["type_f1"],
+                **{f"type F1, {level}": e for level, e in figure["type_f1"].items()},
+                "intensity error": summed["intensity_error"],
+                "length": summed["length"],
+                "clean called damaged": figure["clean_called_damaged"],
+            }
+        )
     if "versus" in report:
         found[VERSUS] = {label(row): change(e) for row, e in report["versus"].items()}
     return found
@@ -108,10 +119,6 @@ def tables(report: dict) -> dict[str, dict[str, str]]:
 
 def cells(table: dict[str, dict], name_of: Callable[[str], str] = str) -> dict[str, str]:
     return {name_of(row): cell(estimate) for row, estimate in table.items()}
-
-
-def spaced(row: str) -> str:
-    return row.replace("_", " ")
 
 
 def label(row: str) -> str:

@@ -86,12 +86,15 @@ def read_choice(answer: str, options: dict[str, str]) -> str | None:
     letter = free_text_choice(answer, options)
     if letter:
         return letter
-    texts = list(options.values())
-    said = plain(answer)
-    is_index = said[:1].isdigit()
-    if is_index and any(text[:1].isdigit() for text in texts):
+    is_number = any(text[:1].isdigit() for text in options.values())
+    if is_number and plain(answer)[:1].isdigit():
         return None
-    index = choice_index(answer, texts)
+    return read_index(answer, options)
+
+
+def read_index(answer: str, options: dict[str, str]) -> str | None:
+    """The letter of the option that an index from 0 means, or else a letter or a text alone."""
+    index = choice_index(answer, list(options.values()))
     return None if index is None else list(options)[index]
 
 
@@ -133,7 +136,7 @@ def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
     """(score, whether it could be read) of an answer to a benchmark's question, a row of
     predictions.jsonl.
 
-    choice   1 or 0 (`read_choice`); of A-OKVQA, equality with the right choice
+    choice   1 or 0 (`read_choice`); asked by index, an index comes first
     direct   A-OKVQA's other score: min(1, number of the ten people who answered so / 3)
     open     proxy: does the true answer, as whole words, occur in the answer?
     caption  proxy: mean ROUGE-L over the reference captions
@@ -142,7 +145,11 @@ def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
     if not answer:
         return 0.0, False
     if row["form"] == "choice":
-        picked = read_choice(answer, dict(zip(row["letters"], row["choices"])))
+        options = dict(zip(row["letters"], row["choices"]))
+        picked = None
+        if row.get("asked") == "index":
+            picked = read_index(answer, options)
+        picked = picked or read_choice(answer, options)
         return float(picked == row["answer"]), picked is not None
     if row["form"] == "direct":
         people = [plain(true) for true in row["references"]]
@@ -156,8 +163,12 @@ def score_benchmark(answer: str | None, row: dict) -> tuple[float, bool]:
 
 
 def score_votes(votes: list[int | None], most: int) -> tuple[float, bool]:
-    """(share of what the votes could be, whether all were read). None: an unread vote; `most`: the
-    highest that a vote can be."""
+    """(score, whether all votes were read), as R-Bench counts; `most`: the highest vote.
+
+    A choice (most 1) is right if most votes are for it; of others the score is what share of the
+    highest sum was given. An unread vote (None) counts as 0.
+    """
     given = [vote for vote in votes if vote is not None]
     parsed = 0 < len(given) == len(votes)
-    return sum(given) / (most * max(1, len(votes))), parsed
+    share = sum(given) / (most * max(1, len(votes)))
+    return float(int(share + 0.5)) if most == 1 else share, parsed

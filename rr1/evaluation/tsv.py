@@ -1,6 +1,8 @@
 """VLMEvalKit's TSV: reading one, and damaged copies of it that other tools read.
 
-Columns index, image (base64, or another row's index), question, hint, A, B, .., answer, category.
+Columns index, image (base64, a printed list of several, or another row's index) or image_path,
+question, hint, A, B, .., answer, category, strength; of a damaged copy degradation, intensity,
+damage_seed.
 """
 
 import ast
@@ -11,7 +13,9 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from string import ascii_uppercase
 from zlib import crc32
@@ -20,12 +24,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from degrade import degrade, sample_degradations
+from degrade import Degradation, degrade, sample_degradations
 from rr1 import files
-from rr1.records import DataError, open_image
+from rr1.chain import build_question
+from rr1.records import DataError, named, open_image
+from rr1.records import _inside as inside
 
 STRENGTHS = {"1": "low", "2": "mid", "3": "high", "low": "low", "mid": "mid", "high": "high"}
 LONGEST_INDEX = 64  # an image cell of at most so many characters is another row's index
+CIRCLE = 1_000_000  # MMBench: index + k CIRCLE is the same question with its options turned by k
+# what pandas, and so VLMEvalKit, takes for an absent cell
+ABSENT = {"#N/A N/A", *"#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA>".split()}
+ABSENT |= set("N/A NA NULL NaN None n/a nan null".split())
 REQUEST = "Please select the correct answer from the options above."
 
 
@@ -42,7 +52,7 @@ def choice_prompt(question: str, options: dict[str, str], hint: str = "") -> str
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(file:line, {column: text}) of a TSV, one row at a time; a cell absent or NaN is ""."""
+    """(file:line, {column: text}) of a TSV, one row at a time; an absent cell is ""."""
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
@@ -53,7 +63,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     n = len(reader.fieldnames)
                     raise DataError(f"{where}: has not the {n} columns of the first line: cut off?")
                 for name, text in row.items():
-                    if text.strip().lower() == "nan":
+                    if text in ABSENT:
                         row[name] = ""
                 yield where, row
         except (csv.Error, UnicodeDecodeError) as error:
@@ -61,103 +71,168 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             raise DataError(f"{path}:{line}: not a TSV in UTF-8 ({error})") from error
 
 
-def read_tsv(path: Path, images: Path, cache: Path) -> Iterator[dict]:
-    """The questions; pictures that come inside the file are put into the folder `cache`."""
-    questions, pictures = [], {}  # index -> the file of its picture
+def read_tsv(path: Path, images: Path, cache: Path, bad: list[str] | None) -> list[dict]:
+    """The questions; pictures that come inside the file are put into the folder `cache`.
+
+    A row that cannot be used raises DataError, or is left out and told in `bad`.
+    """
+    lenders: dict[str, dict] = {}  # index -> the question that has pictures of its own
+    questions = []
     for where, row in rows_of(path):
-        for name in ("index", "question"):
-            if name not in row:
-                raise DataError(f"{where}: no column {name}; there are {', '.join(row)}")
-        question = read_question(row, where)
-        cell = picture_cell(row, where)
-        if len(cell) > LONGEST_INDEX:
-            pictures[row["index"]] = str(keep_picture(cell, cache, where))
-        elif cell:
-            question["image"] = cell
-        elif row.get("image_path"):
-            pictures[row["index"]] = os.path.join(images, row["image_path"])
-        else:
-            raise DataError(f"{where}: no image")
-        question["damaged"] = "strength" in row or path.stem.startswith("R-Bench")
-        questions.append(question)
+        with left_out(bad, where):
+            question = read_question(row) | {"where": where, "number": where.rpartition(":")[2]}
+            cells = as_list(row.get("image", ""))
+            if cells and len(cells[0]) <= LONGEST_INDEX:
+                question["image"] = cells[0]
+            else:
+                lend(question, find_pictures(row, cells, images, cache), lenders)
+            questions.append(question)
+    usable = []
     for question in questions:
-        index = question["image"]
-        if index not in pictures:
-            what = f"{question['where']}: image is {index!r}"
-            raise DataError(f"{what}, and there is no row of that index with a picture of its own")
-        yield question | {"image": pictures[index]}
+        with left_out(bad, question["where"]):
+            borrow(question, lenders)
+            if "degradations" not in question and is_damaged_set(path, question):
+                question["degradations"] = None
+            usable.append(question)
+    mark_circles(usable)
+    return usable
 
 
-def read_question(row: dict[str, str], where: str) -> dict:
-    """What a row asks; its image is still the index of the row whose picture it is."""
-    index, text = row["index"], row["question"]
-    found = {"where": where, "id": index, "image": index, "form": "open", "question": text}
-    found["answer"] = row.get("answer", "").strip() or None
+def lend(question: dict, found: list[str], lenders: dict[str, dict]) -> None:
+    """Give the question its pictures, and let others find them."""
+    question["image"] = found[0] if len(found) == 1 else found
+    lender = lenders.setdefault(question["id"], question)
+    if lender["image"] != question["image"]:
+        raise ValueError(f"index {question['id']} stands there twice, with other pictures")
+
+
+def borrow(question: dict, lenders: dict[str, dict]) -> None:
+    """The picture of another row's index, and what is known of its damage."""
+    index = question["image"]
+    if isinstance(index, str) and index in lenders:
+        names = lenders[index].keys() & {"image", "degradations", "seed"}
+        question |= {name: lenders[index][name] for name in names}
+    elif question["id"] not in lenders:
+        raise ValueError(f"image is {index!r}, and no row of that index has a picture")
+
+
+def mark_circles(questions: list[dict]) -> None:
+    """`circle`: the question that is asked again, its options turned; 1000007 and 2000007 are 7."""
+    indices = {question["id"] for question in questions}
+    for question in questions:
+        index = question["id"]
+        base = str(int(index) % CIRCLE) if index.isdigit() else index
+        turned = str(int(base) + CIRCLE) if index.isdigit() else ""
+        if base in indices and turned in indices:
+            question["circle"] = base
+
+
+def is_damaged_set(path: Path, question: dict) -> bool:
+    """Whether pictures come damaged, nobody knows how: R-Bench's, but for its references."""
+    name = path.stem.lower()
+    return not name.endswith("-ref") and ("strength" in question or name.startswith("r-bench"))
+
+
+def read_question(row: dict[str, str]) -> dict:
+    """What a row asks."""
+    for name in ("index", "question"):
+        if name not in row:
+            raise ValueError(f"no column {name}; there are {', '.join(row)}")
+    text, hint, answer = row["question"], row.get("hint", ""), row.get("answer", "").strip()
+    found = {"id": row["index"], "form": "open", "question": text, "answer": answer or None}
     options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
     if options:
-        found["form"] = "choice"
-        found["question"] = choice_prompt(text, options, row.get("hint", ""))
-        found["choices"], found["letters"] = list(options.values()), "".join(options)
-        if found["answer"] is not None:
-            found["answer"] = letter_of(found["answer"], options, where)
+        found |= choice_question(text, options, answer, hint)
     if row.get("category"):
         found["category"] = row["category"]
     if row.get("strength") in STRENGTHS:
         found["strength"] = STRENGTHS[row["strength"]]
+    if row.get("degradation"):
+        found["degradations"] = [Degradation(row["degradation"], float(row["intensity"]))]
+        found["seed"] = row.get("damage_seed")
     return found
 
 
-def letter_of(answer: str, options: dict[str, str], where: str) -> str:
-    """The option that is right, given by its letter or its text."""
+def choice_question(text: str, options: dict[str, str], answer: str, hint: str = "") -> dict:
+    """A choice in both ways in which it may be asked. `answer`: a letter or a text, "": unknown."""
+    indexed = build_question(f"{hint}\n{text}", list(options.values()))
+    return {
+        "form": "choice",
+        "question": choice_prompt(text, options, hint),
+        "indexed": indexed,
+        "choices": list(options.values()),
+        "letters": "".join(options),
+        "answer": letter_of(answer, options) or None,
+    }
+
+
+def letter_of(answer: str, options: dict[str, str]) -> str:
+    """The option that is right, given by its letter or its text; as it came if there is none."""
     if answer in options:
         return answer
     same = [letter for letter, text in options.items() if text.strip() == answer]
     same = same or [letter for letter in options if letter == answer.upper()]
-    if len(same) != 1:
-        raise DataError(f"{where}: answer is {answer!r}, the options are {', '.join(options)}")
-    return same[0]
+    return same[0] if len(same) == 1 else answer
 
 
-def picture_cell(row: dict[str, str], where: str) -> str:
-    """The one picture of a row: base64 or an index; a list of one is that one."""
-    cell = row.get("image", "").strip()
+def as_list(cell: str) -> list[str]:
+    """The items of a cell, which may be a printed list, or one item, or nothing."""
+    cell = cell.strip()
     if not cell.startswith("["):
-        return cell
+        return [cell] if cell else []
     try:
-        [cell] = ast.literal_eval(cell)
-    except (ValueError, SyntaxError) as error:
-        problem = "image is a list of several; one picture to a question is what can be asked here"
-        raise DataError(f"{where}: {problem}") from error
-    return str(cell)
+        return [str(item) for item in ast.literal_eval(cell)]
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(f"{cell[:40]!r} is no list of pictures") from None
 
 
-def decode_picture(cell: str, where: str) -> tuple[str, bytes]:
+def find_pictures(row: dict[str, str], cells: list[str], images: Path, cache: Path) -> list[str]:
+    """The files of a row's own pictures, which came as base64 in `cells` or lie in `images`."""
+    found = [str(keep_picture(cell, cache)) for cell in cells]
+    found = found or [inside(images, path) for path in as_list(row.get("image_path", ""))]
+    if not found:
+        raise ValueError("no image")
+    return found
+
+
+def decode_picture(cell: str) -> tuple[str, bytes]:
     """(a name that follows from the bytes, the file's bytes)."""
     try:
         content = base64.b64decode(cell.rpartition(",")[2])  # a data: URI's head ends in a comma
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: image is not base64 ({error})") from error
+    except binascii.Error as error:
+        raise ValueError(f"image is not base64 ({error})") from error
     ending = ".png" if content.startswith(b"\x89PNG") else ".jpg"
     return hashlib.sha256(content).hexdigest()[:20] + ending, content
 
 
-def keep_picture(cell: str, cache: Path, where: str) -> Path:
+def keep_picture(cell: str, cache: Path) -> Path:
     """Put a picture that came as base64 into the folder `cache`, once, if it can be opened."""
-    name, content = decode_picture(cell, where)
+    name, content = decode_picture(cell)
     path = cache / name
     if not path.exists():
-        open_bytes(content, where)
+        open_bytes(content)
         cache.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, content)
     return path
 
 
-def open_bytes(content: bytes, where: str) -> Image.Image:
+def open_bytes(content: bytes) -> Image.Image:
     try:
         return open_image(io.BytesIO(content))
     except DataError as error:
-        problem = f"image cannot be read as an image ({error.__cause__})"
-        raise DataError(f"{where}: {problem}") from error
+        raise ValueError(f"image cannot be read as an image ({error.__cause__})") from error
+
+
+@contextmanager
+def left_out(bad: list[str] | None, where: str) -> Iterator[None]:
+    """An error inside is a DataError with file and line; a list `bad` takes it and goes on."""
+    try:
+        with named(where):
+            yield
+    except DataError as error:
+        if bad is None:
+            raise
+        bad.append(str(error))
 
 
 # ---------------------------------------------------------------- damaged copies
@@ -173,9 +248,9 @@ def draw_damage(name: str, seed: int) -> tuple[str, int]:
 def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -> list[Path]:
     """Write a copy of a TSV for each level, whole or not at all; returns the files.
 
-    Pictures are damaged and in PNG, so nothing else is lost (several times larger), with the
-    columns degradation, intensity and damage_seed. One level: `target`; several: target_25.tsv ..
-    A row that borrows another's picture still does.
+    Pictures are damaged, on all cores, and in PNG, so nothing else is lost (several times larger),
+    with the columns degradation, intensity and damage_seed. One level: `target`; several:
+    target_25.tsv .. A row that borrows another's picture still does.
     """
     names = [target]
     if len(levels) > 1:
@@ -183,34 +258,41 @@ def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -
     if len(set(names)) < len(levels) or source.resolve() in [name.resolve() for name in names]:
         raise SystemExit(f"{target}: the levels {levels} need files of their own, not {source}")
     temporary = [name.with_name(name.name + ".tmp") for name in names]
-    drawn: dict[str, tuple[str, int]] = {}  # index -> type and seed of its damage
     writers: list[csv.DictWriter] = []
-    with ExitStack() as stack:
-        for where, row in rows_of(source):
+    with ExitStack() as stack, ThreadPool() as pool:
+        for row, cells, damage in pool.imap(partial(damage_row, levels, seed), rows_of(source)):
             if not writers:
                 columns = [*row, "degradation", "intensity", "damage_seed"]
-                for name in temporary:
-                    file = stack.enter_context(open(name, "w", encoding="utf-8", newline=""))
-                    writers.append(
-                        csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
-                    )
-                    writers[-1].writeheader()
-            cell, image = picture_cell(row, where), None
-            if len(cell) > LONGEST_INDEX:
-                name, content = decode_picture(cell, where)
-                image = np.asarray(open_bytes(content, where))
-                drawn[row["index"]] = draw_damage(name, seed)
-            elif not cell:
-                raise DataError(f"{where}: no image inside the file, so none to damage")
-            type, damage_seed = drawn.get(cell if image is None else row["index"], ("", ""))
-            for writer, s in zip(writers, levels):
-                if image is not None:
-                    cell = encode_png(degrade(image, [(type, s)], damage_seed))
-                damage = {"degradation": type, "intensity": f"{s:g}", "damage_seed": damage_seed}
-                writer.writerow(row | {"image": cell} | damage)
+                for path in temporary:
+                    sheet = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
+                    writer = csv.DictWriter(sheet, columns, delimiter="\t", lineterminator="\n")
+                    writer.writeheader()
+                    writers.append(writer)
+            for writer, s, cell in zip(writers, levels, cells):
+                made = {"intensity": f"{s:g}"} | damage if damage else {}
+                writer.writerow(row | made | {"image": cell})
     for whole, name in zip(temporary, names):
         os.replace(whole, name)
     return names
+
+
+def damage_row(levels: list[float], seed: int, found: tuple[str, dict]) -> tuple:
+    """(row, its image cell at each level, its damage); a borrowed picture stays borrowed."""
+    where, row = found
+    with named(where):
+        cells = as_list(row.get("image", ""))
+        if not cells:
+            raise ValueError("no image inside the file, so none to damage")
+        if len(cells[0]) <= LONGEST_INDEX:
+            return row, [cells[0]] * len(levels), {}
+        pictures = [decode_picture(cell) for cell in cells]
+        type, damage_seed = draw_damage(pictures[0][0], seed)
+        images = [np.asarray(open_bytes(content)) for _, content in pictures]
+        written = []
+        for s in levels:
+            hurt = [encode_png(degrade(image, [(type, s)], damage_seed)) for image in images]
+            written.append(hurt[0] if len(hurt) == 1 else str(hurt))
+        return row, written, {"degradation": type, "damage_seed": damage_seed}
 
 
 def percent(s: float) -> str:

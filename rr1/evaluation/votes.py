@@ -1,6 +1,6 @@
 """R-Bench's own scores: the votes of a judge, a model behind an OpenAI-compatible endpoint.
 
-    choice     five votes of 0 or 1                      score: their sum / 5
+    choice     five votes of 0 or 1                      score: 1 if three are 1, else 0
     open       five votes of 0, 1 or 2                   sum / 10
     caption    one vote of 0, 1 or 2 for each reference  sum / (2 x references)
 
@@ -25,6 +25,7 @@ from rr1.evaluation.scores import find_answer
 ROUNDS = 5  # votes on a choice or an open answer
 MOST = {"choice": 1, "open": 2, "caption": 2}
 AT_ONCE = 8  # requests under way
+MANY = 20  # so many requests without an answer in a row: nobody is there
 TASKS = {
     "choice": "Does the answer choose what the correct answer is? "
     "Reply with 1 for yes or 0 for no.",
@@ -65,29 +66,39 @@ def vote(rows: Sequence[dict], url: str, model: str, cache: Path) -> None:
             keys[i] = [_key(model, k, text) for k, text in enumerate(texts)]
             todo |= {key: (text, row["most"]) for key, text in zip(keys[i], texts)}
 
+    failed: list[str] = []  # requests without an answer, since the last answer
+
     def ask(key: str) -> None:
         text, most = todo[key]
-        found = read_vote(client.ask(text).text, most)
-        if found is None:
+        try:
             found = read_vote(client.ask(text).text, most)
+            if found is None:
+                found = read_vote(client.ask(text).text, most)
+        except (NoAnswer, Refused) as error:
+            failed.append(str(error))
+            if len(failed) >= MANY:
+                client.stop(f"{MANY} requests in a row failed, the last: {error}")
+            return
         with lock:
+            failed.clear()
             known[key] = found
             files.append_lines(cache, [{"key": key, "vote": found}])
 
     missing = [key for key in todo if key not in known]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
-            for _ in tqdm(pool.map(ask, missing), "votes", len(missing), disable=None):
-                pass
-        except (Stop, NoAnswer, Refused) as error:
+            list(tqdm(pool.map(ask, missing), "votes", len(missing), disable=None))
+        except Stop as error:
             raise SystemExit(
-                f"--judge {url}: {error}. Votes are kept; run again to go on"
+                f"--judge {url}: {error}. Votes are kept: run again to go on"
             ) from None
         finally:
-            client.stop("another request failed")
             pool.shutdown(cancel_futures=True)
+    lost = [key for key in missing if key not in known]
+    if lost:
+        print(f"--judge {url}: {len(lost)} votes could not be had; run again to ask for them")
     for i, own in keys.items():
-        rows[i]["votes"] = [known[key] for key in own]
+        rows[i]["votes"] = [known.get(key) for key in own]
 
 
 def _key(model: str, k: int, text: str) -> str:
