@@ -23,7 +23,7 @@ from rr1 import files, runtime, tiny
 from rr1.answers import choice_index
 from rr1.chain import build_question, is_well_formed, parse
 from rr1.evaluation import benchmarks, figures, metrics, predictions, report, votes
-from rr1.records import open_image, read
+from rr1.records import one_line_errors, open_image, read
 from rr1.runtime import opt
 
 GRPO = "runs/grpo/model"  # what train_grpo.py writes by default
@@ -200,4 +200,5 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -259,10 +259,10 @@ def _normal(raw: Any, folder: Path) -> dict:
     images = raw.get("images") or raw["image"]
     if not images or not isinstance(images, list):
         images = [images]
-    paths = [_inside(folder, path) for path in images]
+    paths = [inside(folder, path) for path in images]
     raw["image"] = paths[0] if len(paths) == 1 else paths
     if "clean_image" in raw:
-        raw["clean_image"] = _inside(folder, raw["clean_image"])
+        raw["clean_image"] = inside(folder, raw["clean_image"])
     raw["question"] = _without_marks(raw["question"], len(paths))
     if "_pad|>" in raw["question"] + (raw["response"] or ""):
         raise ValueError("a turn spells a token such as <|image_pad|>, which stands for a picture")
@@ -271,7 +271,7 @@ def _normal(raw: Any, folder: Path) -> dict:
     return raw
 
 
-def _inside(folder: Path, path: Any) -> str:
+def inside(folder: Path, path: Any) -> str:
     """The full path of a picture, which may not leave the folder: by `..`, or over a link."""
     if not isinstance(path, str):
         raise ValueError(f"image is {path!r}; expected one path in the image folder, or several")

@@ -26,8 +26,7 @@ from string import ascii_uppercase
 from rr1 import records
 from rr1.chain import Chain
 from rr1.evaluation.tsv import STRENGTHS, choice_question, damage_tsv, left_out, read_tsv
-from rr1.records import DataError
-from rr1.records import _inside as inside
+from rr1.records import DataError, inside, one_line_errors
 
 # of a record, that go into predictions.jsonl
 FIELDS = ("benchmark", "letters", "strength", "category", "references", "circle", "seed")
@@ -218,4 +217,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

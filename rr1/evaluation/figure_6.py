@@ -85,7 +85,7 @@ def intensity_points(judged: Rows) -> list[tuple]:
         said = dict(row["said"])
         for type, s in row["true_types"]:
             place = TYPES.index(type)
-            if named[place] == true[place] == 1:
+            if named[place] == true[place] == 1 and 0 <= s <= 1:
                 fifth = min(4, int(5 * s))
                 points.append((fifth, s, said[type]))
     return points

@@ -192,7 +192,8 @@ def intensity(reports: Reports, all_reports: Reports) -> Figure:
     for name, report in reports.items():
         curve = report["figure_6"]["intensity"]
         if curve:
-            label = f"{name}: mean error {report['summary']['intensity_error']['value']:.3f}"
+            error = report["summary"]["intensity_error"]["value"]
+            label = name if error is None else f"{name}: mean error {error:.3f}"
             draw_curve(axes, values(curve, "true"), curve, color_of(name, all_reports), label)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     return axes.figure

@@ -27,7 +27,7 @@ from rr1.records import image_paths, named, open_image
 
 SET_ASIDE = "set_aside.jsonl"
 # what every job has: a picture as it came, and no true response
-JOB = {"key": "", "damage_seed": None, "true_response": None}
+JOB = {"key": "", "damage_seed": None, "true_response": None, "true_length": None}
 
 # ---------------------------------------------------------------- what is asked
 
@@ -85,6 +85,7 @@ def make_jobs(
         is_single = not isinstance(image, list)
         if image != clean:
             as_is = {"shown": "as is", "image": image, "true_response": record["response"]}
+            as_is["true_length"] = record.get("length")
             if known is not None:
                 with named(record["where"]):
                     known = [d._asdict() for d in Chain(known).degradations]  # by canonical names
@@ -109,7 +110,10 @@ def by_mark(jobs: list[dict]) -> dict[str, dict]:
     """
     found: dict[str, dict] = {}
     for job in jobs:
-        parts = [job[name] for name in ("form", "question", "degradations", "true_response")]
+        parts = [
+            job[name]
+            for name in ("form", "question", "degradations", "true_response", "true_length")
+        ]
         for path in image_paths(job["image"]):
             size = os.path.getsize(path) if os.path.exists(path) else None
             parts += [os.path.basename(path), size, job["damage_seed"]]
@@ -256,8 +260,8 @@ def make_prompt(model, processor, job: dict, plain: bool, encoded: dict) -> vlm.
 
 def made(job: dict, answer: rollout.Rollout, plain: bool, processor: vlm.Processor) -> dict:
     """The row of a job that is done."""
-    truth_length = None
-    if job["true_response"]:
+    truth_length = job["true_length"]
+    if job["true_response"] and truth_length is None:
         truth_length = len(processor.response_ids(job["true_response"])) - 1  # without end of turn
     return job | {
         "plain": plain,

@@ -170,5 +170,7 @@ def score_votes(votes: list[int | None], most: int) -> tuple[float, bool]:
     """
     given = [vote for vote in votes if vote is not None]
     parsed = 0 < len(given) == len(votes)
-    share = sum(given) / (most * max(1, len(votes)))
-    return float(int(share + 0.5)) if most == 1 else share, parsed
+    score = sum(given) / (most * max(1, len(votes)))
+    if most == 1:
+        score = float(score >= 0.5)
+    return score, parsed

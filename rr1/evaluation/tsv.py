@@ -27,8 +27,7 @@ from tqdm import tqdm
 from degrade import Degradation, degrade, sample_degradations
 from rr1 import files
 from rr1.chain import build_question
-from rr1.records import DataError, named, open_image
-from rr1.records import _inside as inside
+from rr1.records import DataError, inside, named, open_image
 
 STRENGTHS = {"1": "low", "2": "mid", "3": "high", "low": "low", "mid": "mid", "high": "high"}
 LONGEST_INDEX = 64  # an image cell of at most so many characters is another row's index
