@@ -14,12 +14,18 @@ From the shell:
     python degrade.py --gallery photo.jpg        # all sixteen at five levels on one sheet
     python degrade.py --list
 
-An image is an RGB uint8 array (H, W, 3), in and out. For every op: s = 0 returns the image bit for
-bit; the mean difference from the clean image grows with s; lengths are shares of the short side, so
-that a photo looks equally damaged at any size (noise and compression live at the pixel and are the
-exceptions); one seed fixes everything and no global random state is read or written. Random
-quantities (places, angles, fields) do not depend on s: raising s at the same seed deepens the same
-damage. Where the length or amount grows as a power of s, it is so that s = 0.1 can be seen.
+An image is an RGB uint8 array (H, W, 3), in and out, of at most 32,000 pixels a side. For every op:
+
+- s = 0 returns the image bit for bit, and (type, 0) in a list is as if it were not there;
+- the mean difference from the clean image grows with s, as far as there is something to damage: a
+  grey image has no colour to lose, and a flat one does not change where it is blurred or moved;
+- raising s at the same seed deepens the same damage: what is random (places, angles, fields) does
+  not depend on s. Powers of s are such that s = 0.1 can be seen;
+- lengths are shares of the short side, so that a photo looks equally damaged at any size. Noise and
+  compression live at the pixel and are the exceptions;
+- one seed fixes every bit, with any number of threads and with OpenCV's vector instructions on or
+  off; another version of OpenCV or numpy may round a few pixels by one. No global random state is
+  read or written.
 """
 
 import argparse
@@ -31,7 +37,6 @@ import numbers
 import os
 import sys
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
@@ -41,7 +46,7 @@ import cv2
 import numpy as np
 
 BORDER = cv2.BORDER_REFLECT  # unlike REFLECT_101 it is defined for a side of one pixel
-LARGEST = 32766  # pixels a side: OpenCV keeps places in 16 bits
+LARGEST = 32000  # pixels a side: OpenCV keeps places in 16 bits
 NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 # (11, 11): where a kernel's weights lie round its centre, as complex numbers x + i y.
 PLACES = np.arange(-5, 6) + 1j * np.arange(-5, 6)[:, None]
@@ -127,6 +132,11 @@ def _shrink(image, side):
     return cv2.resize(image, _small_size(image, side), interpolation=cv2.INTER_AREA)
 
 
+def _enlarge(small, image):
+    h, w = image.shape[:2]
+    return cv2.resize(small, (w, h))
+
+
 def _convolve(image, kernel):
     """With an 11x11 kernel, whose weights become whole numbers over an odd sum.
 
@@ -155,9 +165,8 @@ def _smooth_field(h, w, cells, channels, rng):
 
 def _cover(image, kept, added):
     """image * kept / 255 + added; kept and added are first enlarged to the image's size."""
-    size = image.shape[1::-1]
-    kept, added = cv2.resize(kept, size), cv2.resize(added, size)
-    return cv2.add(cv2.multiply(image, kept, scale=1 / 255), added)
+    kept = cv2.multiply(image, _enlarge(kept, image), scale=1 / 255)
+    return cv2.add(kept, _enlarge(added, image))
 
 
 def _random_bytes(shape, rng):
@@ -171,14 +180,14 @@ def _random_bytes(shape, rng):
 @_op
 def lens_blur(image, s, rng):
     """Defocus: every point becomes a disk. s: its radius, 3 % of the short side at 1, as s^0.7."""
-    h, w = image.shape[:2]
-    radius = 0.03 * s**0.7 * min(h, w)
+    side = min(image.shape[:2])
+    radius = 0.03 * s**0.7 * side
     # A wide disk is applied to a smaller picture: the same result for far fewer products.
     shrink = max(1.0, radius / 4)
-    small = _shrink(image, min(h, w) / shrink)
+    small = _shrink(image, side / shrink)
     # One pixel of soft edge, so that a disk of radius 0 is the identity.
     disk = np.clip(radius / shrink + 1 - np.abs(PLACES), 0, 1)
-    return cv2.resize(_convolve(small, disk), (w, h))
+    return _enlarge(_convolve(small, disk), image)
 
 
 @_op
@@ -224,8 +233,8 @@ def motion_blur(image, s, rng):
     out = _convolve(image, line)
     for k in range(doublings):
         far = step * 2**k / 2 * direction
-        far = np.rint([32 * far.real, 32 * far.imag]) / 32  # every processor moves alike
-        move = np.column_stack([np.eye(2), far])
+        # In 1/32 of a pixel: every processor moves alike.
+        move = np.rint([[32, 0, 32 * far.real], [0, 32, 32 * far.imag]]) / 32
         ahead = cv2.warpAffine(out, move, (w, h), borderMode=BORDER)
         behind = cv2.warpAffine(out, cv2.invertAffineTransform(move), (w, h), borderMode=BORDER)
         out = cv2.addWeighted(ahead, 0.5, behind, 0.5, 0)
@@ -260,8 +269,8 @@ def dirty_lens(image, s, rng):
 @_op
 def saturation(image, s, rng):
     """Colour is lost: every pixel moves to its own luma. s: the share of the way, grey at 1."""
-    luma = np.array([0.299, 0.587, 0.114])
-    return cv2.transform(image, (1 - s) * np.eye(3) + s * luma)  # every row of the matrix + s luma
+    matrix = (1 - s) * np.eye(3) + s * np.array([0.299, 0.587, 0.114])
+    return cv2.transform(image, matrix)
 
 
 # ---------------------------------------------------------------- transmission
@@ -314,8 +323,8 @@ def block_change(image, s, rng):
     out = image.copy()
 
     def blocks(of):
-        whole = of[: rows * side, : cols * side].reshape(rows, side, cols, side, 3)
-        return whole.swapaxes(1, 2)  # a view, (rows, cols, side, side, 3)
+        # (rows, cols, side, side, 3), a view.
+        return of[: rows * side, : cols * side].reshape(rows, side, cols, side, 3).swapaxes(1, 2)
 
     blocks(out)[here // cols, here % cols] = blocks(image)[there // cols, there % cols]
     return out
@@ -325,20 +334,20 @@ def block_change(image, s, rng):
 def shifting(image, s, rng):
     """Lost line synchronisation: bands of rows slide sideways and wrap round.
 
-    s: the share of 36 bands that have slid, up to 70 %, each by up to 20 % of the short side.
+    s: the share of rows that have slid, up to 70 %, each by up to 20 % of the short side.
     """
     h, w = image.shape[:2]
     bands = 36
-    edges = np.sort(rng.random(bands + 1))
+    edges = np.int64(np.rint(h * np.array([0, *np.sort(rng.random(bands - 1)), 1])))
     turn = rng.permutation(bands)
     reach = np.ceil(0.2 * min(h, w) * rng.uniform(0.4, 1, bands))  # in whole pixels
-    reach *= rng.choice([-1, 1], bands)
-    slid = np.clip(0.7 * s**0.85 * bands - turn, 0, 1)  # the share of each band
+    reach = np.int64(reach * rng.choice([-1, 1], bands))
+    left = math.ceil(0.7 * s**0.9 * h)  # of the rows that slide
     out = image.copy()
-    for k in np.flatnonzero(slid):
-        top, end = np.rint(edges[k : k + 2] * h)
-        band = slice(int(top), math.ceil(top + slid[k] * (end - top)))
-        out[band] = np.roll(image[band], int(reach[k]), axis=1)
+    for k in turn:
+        band = slice(edges[k], min(edges[k + 1], edges[k] + left))
+        out[band] = np.roll(image[band], reach[k], axis=1)
+        left -= band.stop - band.start
     return out
 
 
@@ -403,15 +412,14 @@ def color_diffusion(image, s, rng):
 
     s: its deviation, up to 12 % of the short side.
     """
-    h, w = image.shape[:2]
-    sigma = 0.12 * s * min(h, w)
-    luma, *chroma = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb))
-    planes = [luma]
-    for plane in chroma:
-        small = _shrink(plane, min(h, w) / max(1.0, sigma / 2))
-        small = cv2.GaussianBlur(small, (0, 0), min(sigma, 2), borderType=BORDER)
-        planes.append(cv2.resize(small, (w, h)))
-    return cv2.cvtColor(cv2.merge(planes), cv2.COLOR_YCrCb2RGB)
+    side = min(image.shape[:2])
+    sigma = 0.12 * s * side
+    planes = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
+    # A wide blur is applied to a smaller picture.
+    chroma = _shrink(planes[..., 1:], side / max(1.0, sigma / 2))
+    chroma = cv2.GaussianBlur(chroma, (0, 0), min(sigma, 2), borderType=BORDER)
+    planes[..., 1:] = _enlarge(chroma, image)
+    return cv2.cvtColor(planes, cv2.COLOR_YCrCb2RGB)
 
 
 # ---------------------------------------------------------------- postprocessing
@@ -468,8 +476,8 @@ def watermark_damage(image, s, rng):
     turn = np.exp(1j * rng.uniform(0.26, 0.79) * rng.choice([-1, 1]))  # 15 to 45 degrees
     cols, rows = math.ceil(side * len(word) / 8), math.ceil(0.31 * side)
     tile = np.zeros((rows, cols), np.uint8)
-    start, thickness = (0, round(0.22 * side)), max(1, round(side / 80))
-    font = cv2.FONT_HERSHEY_DUPLEX
+    start, font = (0, round(0.22 * side)), cv2.FONT_HERSHEY_DUPLEX
+    thickness = max(1, round(side / 80))
     cv2.putText(tile, word, start, font, side / 200, 255, thickness, cv2.LINE_AA)
     drop = math.ceil(side / 160)  # of the shadow, to the right and down
     # Where each pixel lies in the tile or the one beside it: sums of a part of its x and its y.
@@ -518,7 +526,7 @@ def canonical(name: str) -> str:
     return plain
 
 
-def degrade(image: np.ndarray, degradations: Iterable[tuple[str, float]], seed: int) -> np.ndarray:
+def degrade(image: np.ndarray, degradations: list[tuple[str, float]], seed: int) -> np.ndarray:
     """Eq. 13: X_d = D(X), a new array.
 
     Applies (type, intensity) pairs to an RGB uint8 image (H, W, 3) in stage order, whatever their
@@ -538,11 +546,11 @@ def degrade(image: np.ndarray, degradations: Iterable[tuple[str, float]], seed: 
         name = canonical(name)
         _check_intensity(name, s)
         if s > 0:
-            strengths[name].append(float(s))
+            strengths[name].append(s)
     out = image.copy()
     for index, (name, op) in enumerate(DEGRADATIONS.items()):
         for repeat, s in enumerate(sorted(strengths[name])):
-            stream = np.random.SeedSequence(int(seed), spawn_key=(index, repeat))
+            stream = np.random.SeedSequence(seed, spawn_key=(index, repeat))
             out = op(out, s, np.random.default_rng(stream))
     return out
 
@@ -577,12 +585,20 @@ def _is_cut_jpeg(data):
 def _read(path):
     """RGB uint8 (H, W, 3); ValueError for a file that is not a whole image."""
     data = path.read_bytes()
-    if _is_cut_jpeg(data):
+    if not data or _is_cut_jpeg(data):
         raise ValueError(f"{path}: cut off")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    data = np.frombuffer(data, np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)  # turned as EXIF says; of 16 bits the upper 8
     if image is None:
-        raise ValueError(f"{path}: not an image of 8 or 16 bits that OpenCV can read")
-    return image[..., ::-1]  # from BGR
+        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+        if image is None:
+            raise ValueError(f"{path}: not an image that OpenCV can read")
+        # Floats, from the smallest range that holds them.
+        largest = next(top for top in (1, 255, 65535, np.inf) if not image.max() > top)
+        image = cv2.convertScaleAbs(image.clip(0), alpha=255 / largest)
+        if image.ndim == 2:
+            image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    return image[..., 2::-1]  # from BGR, or BGR and alpha
 
 
 def _write(path, data):
@@ -611,10 +627,10 @@ def _plan(folder, out, levels, types, seed):
     for level in levels:
         _check_intensity("--levels", level)
     plan = {}
-    for photo in sorted(folder.rglob("*")):
-        is_photo = photo.suffix.lower() in SUFFIXES and not photo.name.startswith(".")
+    for photo in sorted(folder.rglob("[!.]*")):
+        is_photo = photo.suffix.lower() in SUFFIXES and photo.is_file()
         is_our_copy = out.resolve() in photo.resolve().parents
-        if not is_photo or is_our_copy or not photo.is_file():
+        if not is_photo or is_our_copy:
             continue
         name = photo.relative_to(folder).as_posix()
         entropy = [seed, zlib.crc32(os.fsencode(name))]
@@ -640,11 +656,9 @@ def _plan(folder, out, levels, types, seed):
 
 def _read_labels(file):
     """Those of an earlier run, by the copy's name."""
-    if not file.exists():
-        return {}
+    lines = file.read_text().splitlines() if file.exists() else []
     try:
-        labels = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {label["image"]: label for label in labels}
+        return {label["image"]: label for label in map(json.loads, lines)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: a line is no label ({error}); delete the line") from None
 
@@ -675,7 +689,7 @@ def _degrade_folder(folder, out, plan):
             _write_image(out / label["image"], copy)
             labels[label["image"]] = label
         except (ValueError, OSError, cv2.error) as error:
-            return f"skipped {error}"
+            return f"skipped {error}\n"
 
     cv2.setNumThreads(1)  # the photos are what is done in parallel
     pool = ThreadPoolExecutor()
@@ -685,8 +699,7 @@ def _degrade_folder(folder, out, plan):
         pool.shutdown(cancel_futures=True)
         lines = [json.dumps(labels[image]) + "\n" for image in sorted(labels)]
         _write(file, "".join(lines).encode())
-    for error in sorted(errors):
-        print(error, file=sys.stderr)
+    sys.stderr.writelines(sorted(errors))
     return 1 if errors else 0
 
 
@@ -708,8 +721,9 @@ def _parser():
     parser = argparse.ArgumentParser(
         description="Degrade photos in the sixteen ways of Robust-R1, Eq. 13.",
         epilog="Names are the paper's (see --list); aliases, any case and underscores are "
-        "understood. A photo is turned as its EXIF data say, and 16 bits are scaled to 8; "
-        "transparency, colour profile and all frames but the first are dropped. "
+        "understood. A photo is turned as its EXIF data say; 16 bits (the upper 8 are kept) and "
+        "floats are scaled to 8 bits; transparency, colour profile, metadata and all frames but "
+        "the first are dropped. "
         "Exit status: 0 all done, 1 broken photos of a folder were skipped, 2 nothing done.",
     )
     add = parser.add_argument
@@ -745,14 +759,12 @@ def _parser():
     add(
         "--types",
         nargs="+",
-        metavar="NAME",
         help="for a folder: the degradations (default: drawn for each photo)",
     )
     add(
         "--levels",
         nargs="+",
         type=float,
-        metavar="S",
         help="for a folder: intensities, a folder each (default: 0.25 0.5 1)",
     )
     add(

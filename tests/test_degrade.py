@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,6 +144,42 @@ def test_damage_grows_strictly_is_visible_at_a_tenth_and_plain_at_one(name, pict
     assert np.array_equal(picture, before), f"{name} wrote into its input"
 
 
+def check_that_damage_never_falls(photos: dict[str, np.ndarray]) -> None:
+    """In steps of .05, photo by photo and seed by seed; what cannot be damaged is 0 throughout."""
+    grid = [k / 20 for k in range(21)]
+    for name in DEGRADATIONS:
+        for label, photo in photos.items():
+            for seed in (11, 12):
+                curve = [mae(degrade(photo, [(name, s)], seed), photo) for s in grid]
+                grows = (np.diff(curve) > 0).all()
+                is_grey = (photo == photo[..., :1]).all()
+                nothing_to_lose = is_grey and name in ("saturation", "color diffusion")
+                assert grows or nothing_to_lose and not any(curve), f"{name}, {label}: {curve}"
+
+
+def test_damage_grows_on_each_of_other_photos_too():
+    data = pytest.importorskip("skimage.data")
+    grey = cv2.cvtColor(small(data.camera()), cv2.COLOR_GRAY2RGB)
+    check_that_damage_never_falls({"chelsea": small(data.chelsea()), "camera": grey})
+
+
+def test_damage_grows_on_each_of_the_shared_photos():
+    folder = ROOT.parent / "shared/photos/images"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    files = sorted(folder.glob("*.jpg"))[::3]
+    assert files
+    check_that_damage_never_falls({file.name: small(load(file)) for file in files})
+
+
+@every_op
+def test_type_and_zero_in_a_list_is_exactly_nothing(name):
+    image = drawn_picture()
+    others = [("noise", 0.3), ("graffiti", 0.4), ("lens flare", 0.5)]
+    expected = degrade(image, others, 4)
+    assert np.array_equal(degrade(image, [(name, 0), *others, (name, 0.0)], 4), expected)
+
+
 def test_the_scene_can_still_be_recognised_at_one_in_a_third_of_the_ops(photos):
     """Measured by luma, 16 x 16, and its edges, 64 x 64: both correlate with the clean ones."""
 
@@ -247,6 +286,20 @@ def test_no_global_random_state_is_touched():
 
 
 @every_op
+def test_the_bits_do_not_hang_on_the_processors_vector_instructions(name, photos):
+    pictures = [small(photos["astronaut"], 320), small(photos["coffee"], 251), drawn_picture()]
+    try:
+        for picture in pictures:
+            for s in (0.05, 0.3, 0.7, 1):
+                cv2.setUseOptimized(True)
+                with_them = degrade(picture, [(name, s)], 3)
+                cv2.setUseOptimized(False)
+                assert np.array_equal(degrade(picture, [(name, s)], 3), with_them), s
+    finally:
+        cv2.setUseOptimized(True)
+
+
+@every_op
 def test_another_seed_changes_every_random_op(name, picture):
     a, b = (degrade(picture, [(name, 0.5)], seed) for seed in (0, 1))
     assert np.array_equal(a, b) == (name in DETERMINISTIC)
@@ -332,6 +385,26 @@ def test_twelve_megapixels(name):
     assert out.shape == image.shape and out.dtype == np.uint8 and not np.array_equal(out, image)
 
 
+@every_op
+def test_a_very_long_picture_costs_no_more_than_its_pixels(name):
+    """9 x 32000 has fewer pixels than 640 x 480; on a quiet core the slowest op takes 70 ms."""
+    long = np.random.default_rng(0).integers(0, 256, (9, 32000, 3), np.uint8)
+    for image in (long, long.transpose(1, 0, 2)):
+        start = time.thread_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = degrade(image, [(name, 1)], 0)
+        assert time.thread_time() - start < 0.7
+        assert out.shape == image.shape
+
+
+@pytest.mark.parametrize("size", [(16, 70_000), (32_001, 2)])
+def test_a_side_that_is_too_long_is_refused_with_the_limit(size):
+    for name in DEGRADATIONS:
+        with pytest.raises(ValueError, match="1 to 32000"):
+            degrade(np.zeros((*size, 3), np.uint8), [(name, 0.5)], 0)
+
+
 def test_an_array_that_is_a_view_is_fine():
     image = drawn_picture()
     for view in (image[::-1, ::2], image[..., ::-1], image.transpose(1, 0, 2)):
@@ -367,7 +440,13 @@ def test_another_kind_of_image_is_refused(image, came):
         assert "expected" in str(error.value) and "uint8 RGB" in str(error.value)
 
 
-@pytest.mark.parametrize("s", [-0.01, 1.01, float("nan"), float("inf"), None, "0.5", [0.5]])
+@pytest.mark.parametrize(
+    "s",
+    [
+        *(-0.01, 1.01, float("nan"), float("inf"), None, "0.5", [0.5]),
+        *(np.array([0.5]), np.array(0.5), np.array([0.1, 0.2])),
+    ],
+)
 def test_an_intensity_outside_zero_to_one_is_refused(s):
     with pytest.raises(ValueError, match=r"noise.*expected a number in \[0, 1\]"):
         degrade(drawn_picture(), [("noise", s)], 0)
@@ -509,6 +588,183 @@ def test_a_folder_with_given_types_and_levels(desk):
     assert (desk / "in-degraded/90/a.png.png").exists()
 
 
+def labels_of(out: Path) -> dict[str, dict]:
+    lines = (out / "labels.jsonl").read_text().splitlines()
+    return {label["image"]: label for label in map(json.loads, lines)}
+
+
+def test_one_more_photo_renames_and_redraws_nothing(desk):
+    image = drawn_picture()
+    save(desk / "in/a.png", image)
+    assert run("in", cwd=desk).returncode == 0
+    out = desk / "in-degraded"
+    before = {path: path.read_bytes() for path in out.rglob("*.png")}
+    labels = labels_of(out)
+    save(desk / "in/a.jpg", image[::-1].copy())  # sorts before a.png
+    save(desk / "in/a.png.png", image[:, ::-1].copy())
+    done = run("in", cwd=desk)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    assert labels.items() <= labels_of(out).items()
+    names = {f"{level}/{name}.png" for level in (25, 50, 100) for name in ("a.jpg", "a.png")}
+    assert set(labels_of(out)) == names | {f"{level}/a.png.png.png" for level in (25, 50, 100)}
+
+
+def test_a_replaced_photo_is_noticed_and_done_again(desk):
+    image = drawn_picture()
+    save(desk / "in/a.png", image)
+    save(desk / "in/b.png", image)
+    assert run("in", cwd=desk).returncode == 0
+    out = desk / "in-degraded"
+    kept = (out / "50/b.png.png").stat().st_mtime_ns
+    save(desk / "in/a.png", image[::-1].copy())
+    os.utime(desk / "in/a.png", (0, 0))  # its date says nothing
+    done = run("in", cwd=desk)
+    assert done.returncode == 0 and "a.png was replaced" in done.stderr
+    assert "b.png" not in done.stderr and (out / "50/b.png.png").stat().st_mtime_ns == kept
+    label = labels_of(out)["50/a.png.png"]
+    pairs = [(d["type"], d["intensity"]) for d in label["degradations"]]
+    assert np.array_equal(load(out / label["image"]), degrade(image[::-1], pairs, label["seed"]))
+    assert run("in", cwd=desk).stderr == ""
+
+
+def test_labels_of_photos_that_are_gone_are_said_and_kept(desk):
+    for name in ("a.png", "b.png"):
+        save(desk / "in" / name, drawn_picture())
+    assert run("in", cwd=desk).returncode == 0
+    labels = labels_of(desk / "in-degraded")
+    (desk / "in/a.png").unlink()
+    done = run("in", "--levels", "0.5", cwd=desk)
+    assert done.returncode == 0 and "a.png is gone; 50/a.png.png and its label stay" in done.stderr
+    assert "b.png" not in done.stderr and labels_of(desk / "in-degraded") == labels
+
+
+@pytest.mark.parametrize("torn", ['{"image": "25/a.p', "3", '{"seed": 1}'])
+def test_a_torn_labels_file_is_named_and_left_alone(desk, torn):
+    save(desk / "in/a.png", drawn_picture())
+    assert run("in", cwd=desk).returncode == 0
+    file = desk / "in-degraded/labels.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + torn)
+    done = run("in", cwd=desk)
+    assert done.returncode == 2 and "in-degraded/labels.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr and file.read_text() == whole + torn
+    file.write_text(whole.splitlines(keepends=True)[0])  # what it says: the line is deleted
+    assert run("in", cwd=desk).returncode == 0 and file.read_text() == whole
+
+
+def test_folders_and_dangling_links_named_like_photos_are_none(desk):
+    save(desk / "in/a.png", drawn_picture())
+    (desk / "in/x.jpg").mkdir()
+    (desk / "in/y.jpg").symlink_to("nowhere.jpg")
+    done = run("in", cwd=desk)
+    assert done.returncode == 0 and done.stderr == ""
+    assert {label["clean_image"] for label in labels_of(desk / "in-degraded").values()} == {"a.png"}
+
+
+def test_a_run_cut_short_goes_on(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    for name in ("a.png", "b.png", "c.png"):
+        save(desk / "in" / name, drawn_picture())
+    assert module.main(["in", "--out", "whole"]) == 0
+    write = module._write_image
+
+    def interrupted(path, image):
+        if "b.png" in str(path):
+            raise KeyboardInterrupt
+        write(path, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_image", interrupted)
+        with pytest.raises(SystemExit) as exit_:
+            module.main(["in", "--out", "cut"])
+    assert exit_.value.code == 130
+    done = labels_of(desk / "cut")
+    assert "50/b.png.png" not in done and all((desk / "cut" / image).exists() for image in done)
+    assert module.main(["in", "--out", "cut"]) == 0
+    for file in ("labels.jsonl", "50/b.png.png", "100/c.png.png"):
+        assert (desk / "cut" / file).read_bytes() == (desk / "whole" / file).read_bytes()
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def jpeg_of(image: np.ndarray, *options: int) -> bytes:
+    return cv2.imencode(".jpg", image[..., ::-1], options)[1].tobytes()
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_a_jpeg_is_whole_with_any_tail_and_cut_off_without_its_end(tmp_path, progressive):
+    file = tmp_path / "x.jpg"
+    jpeg = jpeg_of(drawn_picture(), cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
+    thumbnail = jpeg_of(drawn_picture()[::4, ::4])
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    jpeg = jpeg[:2] + segment + jpeg[2:]  # a thumbnail, with an end of its own
+    file.write_bytes(jpeg)
+    expected = module._read(file)
+    for tail in (b"\0" * 3 * len(jpeg), b"\xff\xda\xff" * 1000):
+        file.write_bytes(jpeg + tail)
+        assert np.array_equal(module._read(file), expected)
+    for length in (1, 3, len(segment) + 40, len(jpeg) // 2, len(jpeg) - 2):
+        file.write_bytes(jpeg[:length])
+        with pytest.raises(ValueError, match="x.jpg: (cut off|not an image)"):
+            module._read(file)
+
+
+def test_sixteen_bits_and_floats_are_scaled(tmp_path):
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    expected = (255 * ramp)[..., None]
+    for suffix in ("png", "tiff"):
+        cv2.imwrite(str(tmp_path / f"x.{suffix}"), (65535 * ramp).astype(np.uint16))
+        assert np.abs(module._read(tmp_path / f"x.{suffix}") - expected).max() <= 1
+    for scale in (1, 255, 65535):
+        for channels in (1, 3):
+            cv2.imwrite(str(tmp_path / "x.tiff"), np.dstack([scale * ramp] * channels))
+            image = module._read(tmp_path / "x.tiff")
+            assert image.shape == (8, 8, 3) and np.abs(image - expected).max() <= 0.51
+
+
+def test_the_same_picture_is_opened_as_for_training(tmp_path):
+    """By OpenCV here and by Pillow in rr1.records: upright, three channels of 8 bits."""
+    pillow = pytest.importorskip("PIL.Image")
+    open_image = pytest.importorskip("rr1.records").open_image
+    rgb = small(pytest.importorskip("skimage.data").coffee(), 120)
+    alpha = np.arange(rgb[..., 0].size).reshape(*rgb.shape[:2], 1).astype(np.uint8)
+    deep = rgb[..., 0].astype(np.uint16) * 200 + 77
+    pictures = {
+        "plain.png": pillow.fromarray(rgb),
+        "plain.jpg": pillow.fromarray(rgb),
+        "plain.bmp": pillow.fromarray(rgb),
+        "plain.tif": pillow.fromarray(rgb),
+        "plain.webp": pillow.fromarray(rgb),
+        "alpha.png": pillow.fromarray(np.dstack([rgb, alpha])),
+        "grey.png": pillow.fromarray(rgb[..., 0]),
+        "grey.jpg": pillow.fromarray(rgb[..., 0]),
+        "palette.png": pillow.fromarray(rgb).quantize(32),
+        "sixteen.png": pillow.fromarray(deep),
+        "sixteen.tif": pillow.fromarray(deep),
+        "float.tif": pillow.fromarray(rgb[..., 0].astype(np.float32) / 256),
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    for orientation in range(1, 9):
+        exif = pillow.Exif()
+        exif[0x0112] = orientation
+        pictures[f"turned-{orientation}.jpg"] = pillow.fromarray(rgb)
+        pillow.fromarray(rgb).save(tmp_path / f"turned-{orientation}.jpg", exif=exif)
+    for name in pictures:
+        ours, theirs = module._read(tmp_path / name), np.asarray(open_image(tmp_path / name))
+        assert np.array_equal(ours, theirs), name
+
+
+def test_help_says_what_is_kept_and_what_is_dropped(capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("EXIF", "16 bits", "float", "transparency", "colour profile", "frames"):
+        assert word in text, word
+
+
 def test_gallery_and_list(desk, monkeypatch, capsys):
     save(desk / "photo.jpg", cv2.resize(drawn_picture(), (300, 200)))
     monkeypatch.chdir(desk)
@@ -536,6 +792,10 @@ def test_gallery_and_list(desk, monkeypatch, capsys):
         (["folder"], "no photo"),
         (["folder", "--type", "noise", "0.5"], "--types"),
         (["folder", "--levels", "2"], r"\[0, 1\]"),
+        (["photo.png", "--levels", "0.5"], "--levels for a folder"),
+        (["photos", "--levels", "0.5", "0.50000001"], "two of them fall into one folder"),
+        (["photos", "--levels", "0.5", "0.5"], "two of them fall into one folder"),
+        (["photos", "--seed", "-1"], "non-negative"),
     ],
 )
 def test_a_wrong_argument_is_named_and_nothing_is_written(
@@ -545,6 +805,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no")
     save(tmp_path / "photo.png", drawn_picture())
+    save(tmp_path / "photos/photo.png", drawn_picture())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit_:
         module.main(arguments)
