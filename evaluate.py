@@ -46,9 +46,11 @@ class Config:
     skip_bad: bool = opt(False, "leave out, and name, records that cannot be used")
     limit: int = opt(0, "ask about this many records only; 0: all")
     table_2: bool = opt(True, "ask choice questions again on clean pictures and at each level")
-    levels: list[float] = opt([0.25, 0.5, 1.0], "of Table 2 (published script: 0.23 0.45 0.9)")
+    levels: list[float] = opt(
+        [0.25, 0.5, 1.0], "of Table 2 (published script: 0.23 0.45 0.9)", high=1
+    )
     # answers
-    max_new_tokens: int = opt(128, "longest response")
+    max_new_tokens: int = opt(128, "longest response", low=1)
     temperature: float = opt(0.0, "0: the likeliest token always; 1: sample")
     seed: int = opt(0, "fixes the damage of Table 2, what is sampled and the bootstrap")
     min_pixels: int = opt(0, "enlarge smaller pictures to so many pixels; 0: the checkpoint's own")
@@ -63,7 +65,7 @@ class Config:
     choices: list[str] = opt([], "possible answers to --question")
     # machine
     out: str = opt("", "empty: runs/eval, of a benchmark runs/eval-ITS-NAME")
-    batch: int = opt(64, "prompts at a time, in each process")
+    batch: int = opt(64, "prompts at a time, in each process", low=1)
     workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread")
 
 
@@ -174,8 +176,8 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
         raise SystemExit("--image needs --question: what is to be asked about the picture?")
     checkpoint = config.model or (GRPO if Path(GRPO).is_dir() else tiny.SFT)
     how = how_asked(config, "", checkpoint) | {"plain": False}
-    model, processor = predictions.load_model(how, rt)
     size = "{} x {}".format(*open_image(config.image).size)
+    model, processor = predictions.load_model(how, rt)
     question = build_question(config.question, config.choices)
     job = predictions.JOB | {"image": config.image, "where": "--image", "question": question}
     [([row], _)] = predictions.respond(model, processor, [[job]], how)

@@ -380,6 +380,24 @@ def test_another_picture_under_the_same_name_is_asked_about(
     assert asked["prompts"] == 2
 
 
+def test_errors_of_data_are_one_line(tmp_path):
+    """And a record without a chain is asked about all the same, with the length to aim for."""
+    (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
+    script = [sys.executable, str(ROOT / "evaluate.py"), "--model", "x"]
+    for ask in (
+        ["--data", str(tmp_path / "bad.jsonl")],
+        ["--image", "gone.png", "--question", "?"],
+    ):
+        done = subprocess.run([*script, *ask], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 or "--image" in ask, done.stderr
+        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    line = {"image": "a.png", "length": 30, "degradations": [{"type": "noise", "intensity": 0.5}]}
+    line |= {"conversations": [{"from": "human", "value": "q"}], "answer": "yes"}
+    (tmp_path / "labels.jsonl").write_text(json.dumps(line) + "\n")
+    [job] = predictions.make_jobs(read(tmp_path / "labels.jsonl"), None, 0)
+    assert (job["true_response"], job["true_length"], job["answer"]) == (None, 30, "yes")
+
+
 def test_skip_bad(checkpoint, world_folder, tmp_path, capfd):
     """A picture that is missing, one that is too long, and a line that is no record."""
     Image.new("RGB", (2000, 4)).save(tmp_path / "long.png")

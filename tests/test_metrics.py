@@ -415,3 +415,11 @@ def test_markdown_and_cells():
     )
     assert cell(statistics.bootstrap([])._asdict()) == "-" == cell(None)
     assert markdown(["", "b"], [["long", "1"]]) == "|      | b |\n|------|---|\n| long | 1 |"
+
+
+def test_intensities_outside_the_range_end_no_report(tmp_path):
+    rows = [row(D((NOISE, 1.4)), D((NOISE, 1.2))), row(D((NOISE, 0.5)), D((NOISE, -0.2)))]
+    reports = {"sft": report.of_model(rows)}
+    assert reports["sft"]["figure_6"]["intensity"] == []
+    assert "figure_6a_types.png" in figures.draw_all(reports, tmp_path)
+    assert "Figure 6" in report.as_text(reports)

@@ -114,8 +114,10 @@ def score(row: dict) -> tuple[float, bool]:
 
 def level(total: float) -> str:
     """Of a damaged picture: light (below 0.75), medium (below 1.5) or strong."""
-    *_, strongest = [name for name, least in LEVELS.items() if total >= least]
-    return strongest
+    for name in ("strong", "medium"):
+        if total >= LEVELS[name]:
+            return name
+    return "light"
 
 
 def measures(judged: Rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
