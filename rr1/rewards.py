@@ -83,9 +83,8 @@ def _least_difference(a: list[float], b: list[float]) -> float:
     that occurs several times takes len(a) * len(b) steps.
     """
     short, long = sorted((a, b), key=len)
-    cost = [0.0] * (
-        len(long) + 1
-    )  # cost[j]: of pairing what has been seen of `short` with long[:j]
+    # cost[j]: of pairing what has been seen of `short` with long[:j]
+    cost = [0.0] * (len(long) + 1)
     for s in short:
         before, cost = cost, [math.inf]
         for j, t in enumerate(long):

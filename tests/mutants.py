@@ -1,0 +1,349 @@
+"""Would the tests notice? One-line mutants of the source, each with the test that must fail.
+
+    python tests/mutants.py                   # all; prints the survivors, exit status 1 if any
+    python tests/mutants.py rr1/grpo.py       # those whose file or test contains this
+
+It is run by hand, not by pytest. The source is copied to a temporary folder; there each mutant is
+made in turn, its test is run by a process forked from this one (which has imported torch once), and
+the file is put back. A mutant is killed where the test fails or takes too long; it has survived
+where it passes. A test that cannot be collected, or a line that is not there exactly once, is an
+error of the table below.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1"
+# a .pyc of the same second and size as a mutant would be taken for it
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+sys.dont_write_bytecode = True
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 300  # a mutant that makes a test wait for ever is killed
+
+# file, then test, then pairs of lines: what stands there, and what the mutant has instead
+MUTANTS = r"""
+rr1/grpo.py
+    test_grpo.py::test_equal_rewards_give_exactly_0
+        rewards = rewards - rewards[:, :1]
+        rewards = rewards - 0
+    test_grpo.py::test_advantages_by_hand
+        rewards - rewards.mean(dim=1, keepdim=True)
+        rewards.mean(dim=1, keepdim=True) - rewards
+        correction=0) + eps
+        correction=1) + eps
+        correction=0) + eps
+        correction=0)
+        if scale_by_std:
+        if True:
+    test_grpo.py::test_groups_do_not_mix_and_a_constant_changes_nothing
+        rewards - rewards.mean(dim=1, keepdim=True)
+        rewards - rewards.mean()
+    test_grpo.py::test_k3_by_hand
+        return q.exp() - q - 1
+        return -q
+        q = (logp_ref.detach() - logp)
+        q = (logp - logp_ref.detach())
+    test_grpo.py::test_only_logp_gets_a_gradient
+        q = (logp_ref.detach() - logp)
+        q = (logp_ref - logp)
+        log_ratio = (logp - logp_old.detach())
+        log_ratio = (logp - logp_old)
+    test_grpo.py::test_a_log_ratio_far_out_leaves_loss_and_gradient_finite
+        - logp).clamp(max=LARGEST_EXPONENT)
+        - logp)
+        log_ratio.clamp(max=LARGEST_EXPONENT).exp()
+        log_ratio.exp()
+    test_grpo.py::test_the_kl_term_still_pulls_where_the_reference_finds_a_token_all_but_impossible
+        - logp).clamp(max=LARGEST_EXPONENT)
+        - logp).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    test_grpo.py::test_truth_table_of_the_clip
+        torch.min(unclipped, clipped)
+        torch.max(unclipped, clipped)
+        (ratio < 1 - clip) & (A < 0)
+        (ratio < 1 - clip) & (A > 0)
+        -clipped_objective(ratio, A, clip, high)
+        clipped_objective(ratio, A, clip, high)
+    test_grpo.py::test_clip_higher
+        high = clip if clip_high is None else clip_high
+        high = clip
+    test_grpo.py::test_equals_the_literal_writing
+        per_token + beta * kl
+        per_token + 2 * beta * kl
+        normaliser = n_sequences * max_length
+        normaliser = n_sequences
+    test_grpo.py::test_the_split_into_micro_batches_changes_nothing
+        n_tokens = mask.sum() if n_tokens is None else n_tokens
+        n_tokens = mask.sum()
+        n_sequences = N if n_sequences is None else n_sequences
+        n_sequences = N
+    test_grpo.py::test_the_losses_weigh_tokens_as_they_say
+        loss, n_sequences, n_tokens, max_length or L)
+        loss, n_sequences, n_tokens, L)
+    test_grpo.py::test_what_stands_in_the_padding_does_not_matter
+        logp_old.detach()).masked_fill(~mask, 0)
+        logp_old.detach())
+    test_grpo.py::test_a_response_masked_everywhere_is_not_nan
+        mask.sum(dim=1, keepdim=True).clamp(min=1)
+        mask.sum(dim=1, keepdim=True)
+
+rr1/rewards.py
+    test_rewards.py::test_a_response_can_be_copied_and_pickled
+        return str(self), self.length, self.truncated
+        return str(self), self.length
+    test_rewards.py::test_r_deg_matched_by_hand
+        return pairs - difference - unmatched
+        return pairs - difference
+        len(truth) - 2 * pairs
+        len(truth) - pairs
+        if tau == type and 0 <= s <= 1)
+        if tau == type)
+        if tau == type and 0 <= s <= 1)
+        if 0 <= s <= 1)
+    test_rewards.py::test_r_deg_matched_is_the_best_of_all_matchings
+        cost.append(min(cost[j], before[j] + abs(s - t)))
+        cost.append(before[j] + abs(s - t))
+        return sorted(s for tau, s in instances
+        return list(s for tau, s in instances
+    test_rewards.py::test_pairwise_is_the_double_sum
+        if tau_d == tau_gt else -1
+        if tau_d == tau_gt else 0
+    test_rewards.py::test_no_number_that_a_policy_writes_ends_a_run
+        1 - min(1, abs(s_d - s_gt))
+        1 - abs(s_d - s_gt)
+        1.5 - min(1, abs(s_d - s_gt))
+        1.5 - abs(s_d - s_gt)
+    test_rewards.py::test_r_deg_released_by_hand
+        return total - len(missed)
+        return total
+        -1 if s_gt is None
+        0 if s_gt is None
+    test_rewards.py::test_r_len_by_hand
+        return 1 - abs(length - truth_length) / truth_length
+        return 1 - abs(length - truth_length) / length
+    test_rewards.py::test_accuracy_of_a_choice
+        return float(choice_index(answer, choices) == right)
+        return float(plain(answer) == plain(truth))
+    test_rewards.py::test_rewards_read_the_records_damage_and_not_its_chain
+        record["degradations"])
+        record["chain"].degradations)
+    test_rewards.py::test_eq_9_is_the_weighted_sum
+        total = sum(weight * value
+        total = sum(value
+    test_rewards.py::test_what_float32_cannot_hold_is_named
+        if not abs(total) <= LARGEST:
+        if abs(total) > LARGEST:
+        or not abs(value) <= LARGEST:
+        or not math.isfinite(value):
+    test_rewards.py::test_a_reward_that_fails_is_named_with_its_record
+        if not isinstance(value, numbers.Real) or
+        if
+    test_rewards.py::test_every_reward_pays_a_perfect_response_the_most
+        "deg_released": _deg(r_deg_released)
+        "deg_released": _deg(r_deg_pairwise)
+
+rr1/chain.py
+    test_chain.py::test_repeated_sections
+        end = text.find(f"<{name}_END>")
+        end = text.rfind(f"<{name}_END>")
+    test_chain.py::test_parse_inverts_render
+        repr(s)
+        f"{s:.2f}"
+    test_chain.py::test_an_unknown_type_is_kept_and_reported
+        0 <= s <= 1 and _known(tau)
+        0 <= s <= 1
+    test_chain.py::test_a_number_outside_the_range_is_kept_and_reported
+        0 <= s <= 1 and _known(tau)
+        _known(tau)
+    test_data.py::test_a_reward_needs_a_truth_that_can_be_read
+        return None if body is None else _listed(body)
+        return [] if body is None else _listed(body)
+
+rr1/records.py
+    test_data.py::test_a_reward_needs_a_truth_that_can_be_read
+        if damage and response and stated is None and not known:
+        if damage and response and stated is None:
+        if damage and not all(0 <= s <= 1 for _, s in known):
+        if False:
+        abs(s - t) < 0.015
+        True
+        x == y and
+        True and
+        len(a) == len(b) and
+        True and
+    test_data.py::test_a_record_without_a_chain
+        if "len" in rewards and not has_length:
+        if False:
+        Chain([(d["type"], d["intensity"]) for d in listed]).degradations
+        [Degradation(d["type"], d["intensity"]) for d in listed]
+    test_data.py::test_a_bad_record_is_named_by_file_and_line
+        if os.path.commonpath([root, full]) != root:
+        if False:
+        if "_pad|>" in raw["question"] + (raw["response"] or ""):
+        if "_pad|>" in raw["question"]:
+        if not all(0 <= s <= 1 for _, s in found):
+        if False:
+    test_data.py::test_of_several_turns_the_last_one_is_asked
+        "question": "\n".join(text for _, text in said)
+        "question": said[-1][1]
+    test_data.py::test_a_picture_is_what_a_person_sees
+        _to_8_bits(ImageOps.exif_transpose(image))
+        _to_8_bits(image)
+    test_data.py::test_sixteen_bits_are_scaled_and_not_clipped
+        np.asarray(image) // 256
+        np.asarray(image)
+    test_data.py::test_errors_of_data_are_one_line_once
+        raise SystemExit(2) from None
+        raise SystemExit(1) from None
+
+rr1/data.py
+    test_data.py::test_a_quarter_for_sft_and_the_rest_for_rl
+        share < SFT_SHARE
+        share > SFT_SHARE
+        f"0:{id}"
+        f"1:{id}"
+    test_data.py::test_every_record_once_an_epoch
+        np.random.default_rng([seed, epoch])
+        np.random.default_rng([seed, 0])
+        np.random.default_rng([seed, epoch])
+        np.random.default_rng([0, epoch])
+        int(orders[place // n][place % n])
+        int(orders[place // n][place % size])
+    test_data.py::test_usable_raises_the_first_bad_record_or_leaves_it_out
+        if str(i) not in skipped["records"]
+        if i not in skipped["records"]
+    test_data.py::test_a_picture_that_cannot_be_used_is_named_by_line
+        tokens > max_image_tokens
+        tokens > 9 * max_image_tokens
+    test_data.py::test_records_without_their_chains
+        text = short_answer(record) if plain else record["response"]
+        text = record["response"]
+        texts = [r["question"] if plain
+        texts = [r["question"] if not plain
+    test_data.py::test_the_length_to_aim_for
+        len(response_ids(record, processor)) - 1
+        len(response_ids(record, processor))
+    test_data.py::test_a_prompt_longer_than_the_model_is_named
+        len(ids) + length > positions
+        len(ids) > positions
+    test_vlm.py::test_a_part_of_a_batch_keeps_its_own_patches
+        torch.cat([patches[i] for i in part])
+        torch.cat([patches[0] for i in part])
+    test_data.py::test_prefetch_keeps_the_order_and_works_ahead
+        following = step, pool.submit(make, step)
+        following = step + 1, pool.submit(make, step)
+"""
+
+# Mutants that no test should kill, with the reason:
+#   rr1/grpo.py     LARGEST_EXPONENT = 20.0 -> 30.0: far beyond any clip, within float32's range
+#   rr1/rewards.py  dict(truth) -> sorted(dict(truth)): another order of a sum
+#   rr1/data.py     generate_state(..)[0] >> 1 -> [1] >> 1: other random numbers, as good as these
+#   rr1/data.py     chunksize=64 -> 1, reasons[:10] -> [:9]: how fast, and how much is said
+
+
+class Mutant(NamedTuple):
+    file: str
+    test: str
+    old: str
+    new: str
+
+
+def table() -> list[Mutant]:
+    mutants, file, test, old = [], "", "", None
+    for line in MUTANTS.splitlines():
+        text = line.strip()
+        if not text:
+            continue
+        if not line.startswith(" "):
+            file = text
+        elif not line.startswith(" " * 8):
+            test = text
+        elif old is None:
+            old = text
+        else:
+            mutants.append(Mutant(file, test, old, text))
+            old = None
+    return mutants
+
+
+def load_libraries() -> None:
+    """What our modules import stays for the forked processes; our modules are forgotten."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(ROOT))
+    import hypothesis
+    import pytest
+
+    import train_grpo
+    import train_recover
+
+    assert hypothesis and pytest and train_grpo and train_recover
+    sys.path.remove(str(ROOT))
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if name.split(".")[0] == "rr1" or Path(file).parent == ROOT:
+            del sys.modules[name]
+
+
+def run(test: str, folder: Path) -> int:
+    """The exit status of pytest on one test, in a process of its own; -1 where it took too long."""
+    child = os.fork()
+    if child == 0:
+        output = os.open(folder / "pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        import pytest
+
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+        os._exit(pytest.main([*options, f"tests/{test}"]))
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return -1
+
+
+def attempt(mutant: Mutant, folder: Path) -> str:
+    path = folder / mutant.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutant.old) != 1:
+        return f"ERROR: stands there {source.count(mutant.old)} times"
+    path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+    status = run(mutant.test, folder)
+    path.write_text(source, encoding="utf-8")
+    meaning = {0: "SURVIVED", 1: "killed", -1: "killed, by time"}
+    return meaning.get(status, f"ERROR: pytest ended with {status}; see {folder}/pytest.log")
+
+
+def main(wanted: str = "") -> None:
+    load_libraries()
+    folder = Path(tempfile.mkdtemp(prefix="mutants-")) / "rr1"
+    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", "*.pyc", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    chosen = [mutant for mutant in table() if wanted in f"{mutant.file} {mutant.test}"]
+    failures = []
+    for number, mutant in enumerate(chosen, start=1):
+        start = time.perf_counter()
+        found = attempt(mutant, folder)
+        seconds = time.perf_counter() - start
+        line = f"{mutant.file}: {mutant.old}  ->  {mutant.new}  [{mutant.test}]"
+        print(f"{number:3d}/{len(chosen)} {seconds:5.1f} s  {found}  {line}", flush=True)
+        if not found.startswith("killed"):
+            failures.append(f"{found}  {line}")
+    print(f"{len(chosen)} mutants, {len(chosen) - len(failures)} killed", *failures, sep="\n")
+    shutil.rmtree(folder.parent)
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
