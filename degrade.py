@@ -23,9 +23,9 @@ An image is an RGB uint8 array (H, W, 3), in and out, of at most 32,000 pixels a
   not depend on s. Powers of s are such that s = 0.1 can be seen;
 - lengths are shares of the short side, so that a photo looks equally damaged at any size. Noise and
   compression live at the pixel and are the exceptions;
-- one seed fixes every bit, with any number of threads and with OpenCV's vector instructions on or
-  off; another version of OpenCV or numpy may round a few pixels by one. No global random state is
-  read or written.
+- one seed fixes every bit, with any number of threads and whatever vector instructions a processor
+  has; another version of OpenCV may round a few pixels otherwise. No global random state is read or
+  written.
 """
 
 import argparse
@@ -288,22 +288,23 @@ def compression(image, s, rng):
     padded = cv2.copyMakeBorder(image, 0, -h % 8, 0, -w % 8, BORDER)
     planes = cv2.split(cv2.cvtColor(padded, cv2.COLOR_RGB2YCrCb))
     # (8, 8), orthonormal: row k is the cosine of frequency k.
-    dct = np.float32(cv2.dct(np.eye(8), flags=cv2.DCT_ROWS).T)
+    dct = cv2.dct(np.eye(8), flags=cv2.DCT_ROWS).T
     k = np.arange(8)
     threshold = 60 * s**1.2 * (1 + 0.25 * (k[:, None] + k))
     threshold[0, 0] = 0
     coded = []
     for plane, coarseness in zip(planes, (1, 1.5, 1.5)):
         height, width = plane.shape
-        rows = np.float32(plane.reshape(-1, 8)) @ dct.T
+        rows = plane.reshape(-1, 8) @ dct.T
         blocks = dct @ rows.reshape(-1, 8, width)
         # Block row, frequency down, block column, frequency across.
         blocks = blocks.reshape(-1, 8, width // 8, 8)
-        most = np.float32(coarseness * threshold)[:, None]
+        most = coarseness * threshold[:, None]
         blocks -= np.clip(blocks, -most, most)
         rows = dct.T @ blocks.reshape(-1, 8, width)
         plane = (rows.reshape(-1, 8) @ dct).reshape(height, width)
-        coded.append(cv2.convertScaleAbs(cv2.max(plane, 0)))
+        # What lies half-way between two grey levels goes up, however a processor sums.
+        coded.append(cv2.convertScaleAbs(cv2.max(plane, 0), beta=0.001))
     return cv2.cvtColor(cv2.merge(coded), cv2.COLOR_YCrCb2RGB)[:h, :w].copy()
 
 
