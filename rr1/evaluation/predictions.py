@@ -103,12 +103,12 @@ def make_jobs(
     return jobs
 
 
-def by_mark(jobs: list[dict]) -> dict[str, dict]:
+def by_mark(jobs: list[dict]) -> dict:
     """mark -> job. The mark says what is asked and shown, wherever the files lie; it is in the row.
 
     So a record that was mended is asked anew, and no other one. Equal jobs are told apart by count.
     """
-    found: dict[str, dict] = {}
+    found = {}
     for job in jobs:
         parts = [
             job[name]
@@ -180,12 +180,12 @@ def load_model(meta: dict, rt: runtime.Runtime) -> tuple:
     return model.eval().requires_grad_(False), processor
 
 
-def in_batches(jobs: list[dict], size: int) -> list[list[dict]]:
+def in_batches(jobs: list[dict], size: int) -> list:
     """At most `size` jobs in each; those on one picture stand together as far as they fit."""
-    by_picture: dict[Shown, list[dict]] = {}
+    by_picture = {}
     for job in jobs:
         by_picture.setdefault(pictures_of(job)[0], []).append(job)
-    batches: list[list[dict]] = []
+    batches = []
     for group in by_picture.values():
         for start in range(0, len(group), size):
             piece = group[start : start + size]
@@ -198,14 +198,14 @@ def in_batches(jobs: list[dict], size: int) -> list[list[dict]]:
 def respond(
     model,
     processor: vlm.Processor,
-    batches: list[list[dict]],
+    batches: list,
     meta: dict,
     workers: int = 0,
     skip_bad: bool = False,
 ) -> Iterator[tuple[list[dict], list[str]]]:
     """(rows, why others are left out), batch by batch; a picture is encoded once in each."""
 
-    def load(k: int) -> tuple[list[dict], dict, list[str]]:
+    def load(k: int) -> tuple:
         return open_pictures(batches[k], processor, skip_bad)
 
     for _, (jobs, images, problems) in data.prefetch(load, range(len(batches)), workers):
@@ -232,11 +232,9 @@ def respond(
         yield rows, problems
 
 
-def open_pictures(
-    jobs: list[dict], processor: vlm.Processor, skip_bad: bool
-) -> tuple[list[dict], dict[Shown, Image.Image], list[str]]:
+def open_pictures(jobs: list[dict], processor: vlm.Processor, skip_bad: bool) -> tuple:
     """(jobs that can be done, their pictures, why others cannot): DataError, or left out."""
-    images: dict[Shown, Image.Image] = {}
+    images = {}
     usable, problems = [], []
     for job in jobs:
         with left_out(problems if skip_bad else None, job["where"]):
@@ -294,13 +292,13 @@ def read_predictions(folder: Path) -> list[dict]:
     return [row for path in paths for row in files.read_lines(path)]
 
 
-def read_stored(folder: Path) -> dict[str, dict]:
+def read_stored(folder: Path) -> dict:
     """mark -> row: of all that was ever asked."""
     rows = files.read_lines(folder / SET_ASIDE) + read_predictions(folder)
     return {row.get("mark", row["key"]): row for row in rows}
 
 
-def collect(folder: Path, wanted: dict[str, dict]) -> None:
+def collect(folder: Path, wanted: dict) -> None:
     """Bring the rows of these jobs into predictions.jsonl, with the answers that are true now.
 
     All others go to set_aside.jsonl, for the day on which they are asked about again.
