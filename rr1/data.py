@@ -143,11 +143,12 @@ def response_ids(record: dict, processor: Processor, plain: bool = False) -> lis
     DataError where there is none.
     """
     text = short_answer(record) if plain else record["response"]
-    if text is None:
+    if not text:
         missing = "answer: expected an ANSWER section, or" if plain else "chain: expected"
         field = '"answer"' if plain else "a gpt turn"
         raise DataError(f"{record['where']}: there is no {missing} {field}")
-    return processor.response_ids(text)
+    with named(record["where"]):  # it may spell <|image_pad|>
+        return processor.response_ids(text)
 
 
 def true_length(record: dict, processor: Processor) -> int | None:

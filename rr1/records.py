@@ -263,6 +263,9 @@ def _normal(raw: Any, folder: Path) -> dict:
     raw["image"] = paths[0] if len(paths) == 1 else paths
     if "clean_image" in raw:
         raw["clean_image"] = inside(folder, raw["clean_image"])
+    choices = raw.get("choices", [])
+    if not isinstance(choices, list):
+        raise ValueError(f"choices is {choices!r}; expected a list of texts")
     raw["question"] = _without_marks(raw["question"], len(paths))
     if "_pad|>" in raw["question"] + (raw["response"] or ""):
         raise ValueError("a turn spells a token such as <|image_pad|>, which stands for a picture")

@@ -29,6 +29,120 @@ SECONDS = 300  # a mutant that makes a test wait for ever is killed
 
 # file, then test, then pairs of lines: what stands there, and what the mutant has instead
 MUTANTS = r"""
+degrade.py
+    test_degrade.py::test_s_zero_is_the_identity
+        return image.copy()
+        return image
+    test_degrade.py::test_type_and_zero_in_a_list_is_exactly_nothing
+        if s > 0:
+        if s >= 0:
+    test_degrade.py::test_an_intensity_outside_zero_to_one_is_refused
+        if not isinstance(s, numbers.Real) or not 0 <= s <= 1:
+        if not 0 <= s <= 1:
+        or not 0 <= s <= 1:
+        or not 0 <= s:
+    test_degrade.py::test_another_kind_of_image_is_refused
+        if dtype != np.uint8 or not is_rgb:
+        if not is_rgb:
+        shape[2:] == (3,) and 0 not in shape
+        shape[2:] == (3,)
+    test_degrade.py::test_a_side_that_is_too_long_is_refused_with_the_limit
+        and max(shape) <= LARGEST
+        and max(shape) <= 1e9
+    test_degrade.py::test_damage_grows_on_each_of_other_photos_too
+        reversed(range(math.ceil(8 * s)))
+        range(math.ceil(8 * s))
+        left = math.ceil(0.7 * s**0.9 * h)
+        left = h
+        move = np.rint([[32, 0, 32 * far.real], [0, 32, 32 * far.imag]]) / 32
+        move = np.rint([[1, 0, far.real], [0, 1, far.imag]])
+        order[: 2 * pairs]
+        rng.permutation(order)[: 2 * pairs]
+    test_degrade.py::test_the_bits_do_not_hang_on_the_processors_vector_instructions
+        kernel = np.rint(1000 * kernel / kernel.sum())
+        kernel = 1000 * kernel / kernel.sum()
+        cv2.resize(np.float64(field), (w, h)
+        cv2.resize(np.float32(field), (w, h)
+        cv2.convertScaleAbs(np.exp(-s * light), alpha=255)
+        np.float32(255 * np.exp(-s * light))
+    test_degrade.py::test_the_seed_alone_decides_in_any_process
+        dct = cv2.dct(np.eye(8), flags=cv2.DCT_ROWS).T
+        dct = np.float32(cv2.dct(np.eye(8), flags=cv2.DCT_ROWS).T)
+        spawn_key=(index, repeat))
+        spawn_key=(hash(name) % 2**32, repeat))
+    test_degrade.py::test_the_same_type_twice_draws_twice
+        spawn_key=(index, repeat))
+        spawn_key=(index,))
+    test_degrade.py::test_adding_an_op_does_not_reshuffle_another
+        spawn_key=(index, repeat))
+        spawn_key=(len(strengths[name]), sum(map(len, strengths.values()))))
+    test_degrade.py::test_ops_are_applied_in_stage_order_whatever_the_lists_order
+        enumerate(DEGRADATIONS.items()):
+        reversed(list(enumerate(DEGRADATIONS.items()))):
+    test_degrade.py::test_sample_degradations
+        [0.25 / len(names) for names
+        [1 / 16 for names
+        rng.integers(low, high + 1)
+        rng.integers(low, high)
+        for i in sorted(picked)]
+        for i in picked]
+        round(float(rng.random()), 2)
+        float(rng.random())
+    test_degrade.py::test_noise_has_the_deviation_that_it_says
+        table = np.int16(np.rint(60 * s * NORMAL_QUANTILES))
+        table = np.int16(np.rint(50 * s * NORMAL_QUANTILES))
+    test_degrade.py::test_damage_looks_the_same_at_every_width
+        drop = math.ceil(side / 160)
+        drop = 8
+        sigma = 0.006 * min(image.shape[:2]) + 0.2
+        sigma = 2.5
+    test_degrade.py::test_a_very_long_picture_costs_no_more_than_its_pixels
+        cells = min(cells, h, w)
+        cells = cells
+    test_degrade.py::test_one_more_photo_renames_and_redraws_nothing
+        /{name}.png"
+        /{Path(name).with_suffix('')}.png"
+        zlib.crc32(os.fsencode(name))]
+        len(plan)]
+    test_degrade.py::test_a_replaced_photo_is_noticed_and_done_again
+        content_hash = zlib.crc32(photo.read_bytes())
+        content_hash = 0
+        if labels.get(image) != label or not
+        if not
+    test_degrade.py::test_labels_of_photos_that_are_gone_are_said_and_kept
+        if not (folder / label["clean_image"]).exists():
+        if False:
+    test_degrade.py::test_a_torn_labels_file_is_named_and_left_alone
+        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError) as error:
+    test_degrade.py::test_a_folder_its_labels_a_broken_photo_and_going_on
+        or not (out / image).exists()
+        or False
+        if not is_photo or is_our_copy:
+        if not is_photo:
+    test_degrade.py::test_folders_and_dangling_links_named_like_photos_are_none
+        in SUFFIXES and photo.is_file()
+        in SUFFIXES
+    test_degrade.py::test_a_run_cut_short_goes_on
+        pool.shutdown(cancel_futures=True)
+        return 3
+    test_degrade.py::test_a_jpeg_is_whole_with_any_tail_and_cut_off_without_its_end
+        not in data[at:]
+        not in data
+        not in data[at:]
+        not in data[len(data) // 2 :]
+    test_degrade.py::test_sixteen_bits_and_floats_are_scaled
+        for top in (1, 255, 65535, np.inf)
+        for top in (255, 65535, np.inf)
+    test_degrade.py::test_the_same_picture_is_opened_as_for_training
+        cv2.IMREAD_COLOR)
+        cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    test_degrade.py::test_a_wrong_argument_is_named_and_nothing_is_written
+        if image in plan:
+        if False:
+        else (args.types or args.levels)
+        else args.types
+
 rr1/grpo.py
     test_grpo.py::test_equal_rewards_give_exactly_0
         rewards = rewards - rewards[:, :1]
@@ -96,7 +210,7 @@ rr1/grpo.py
 rr1/rewards.py
     test_rewards.py::test_a_response_can_be_copied_and_pickled
         return str(self), self.length, self.truncated
-        return str(self), self.length
+        return (str(self),)
     test_rewards.py::test_r_deg_matched_by_hand
         return pairs - difference - unmatched
         return pairs - difference

@@ -19,6 +19,8 @@ from PIL import Image
 from transformers import AutoConfig
 
 import degrade
+import train_grpo
+import train_sft
 from degrade import Degradation
 from rr1 import data, records, runtime
 from rr1.records import DataError, open_image, read
@@ -139,6 +141,7 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
         (line(degradations=[{"type": "noise", "intensity": 47}]), r"a number in \[0, 1\]"),
         (line(degradations=[{"type": "noise", "intensity": "NaN"}]), "degradations"),
         (line(degradations=[7]), "degradations"),
+        (line(choices="dog"), "choices is 'dog'; expected a list"),
         (line(conversations=turns("<image>a <|image_pad|>", "b")), "image_pad"),
         (line(conversations=turns("<image>a", "b <|image_pad|>")), "image_pad"),
         (line(conversations=turns("<image>a", {"text": "b"})), "a turn of 'gpt' says"),
@@ -535,6 +538,7 @@ def test_floats_are_scaled_by_their_range(tmp_path, largest):
     Image.fromarray((RAMP / 65535 * largest).astype(np.float32)).save(tmp_path / "x.tif")
     seen = np.asarray(open_image(tmp_path / "x.tif"))
     assert np.abs(seen[..., 0] - RAMP / 257).max() <= 0.51
+    assert largest > 65535 or (seen == degrade._read(tmp_path / "x.tif")).all()
     Image.fromarray(RAMP.astype(np.int32)).save(tmp_path / "i.tif")
     assert (np.asarray(open_image(tmp_path / "i.tif"))[..., 0] == RAMP >> 8).all()
 
@@ -614,6 +618,11 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
     assert data.response_ids(silent, processor) == processor.tokenizer("a cat")["input_ids"] + end
     with pytest.raises(DataError, match=r"train\.jsonl:2: there is no answer"):
         data.response_ids(silent, processor, plain=True)
+    for nothing in (None, ""):
+        with pytest.raises(DataError, match="there is no answer"):
+            data.response_ids(answered | {"answer": nothing}, processor, plain=True)
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*image_pad"):
+        data.response_ids(answered | {"answer": "<|image_pad|>"}, processor, plain=True)
 
 
 def test_the_length_to_aim_for(processor, tmp_path):
@@ -658,6 +667,24 @@ def test_a_prompt_longer_than_the_model_is_named(processor, checkpoint, tmp_path
     data.check_room(model, found, batch, [10, 10])
     with pytest.raises(DataError, match=rf"train\.jsonl:2: {second} tokens of prompt and 11 of"):
         data.check_room(model, found, batch, [11, 11])
+
+
+def test_the_scripts_try_every_record_before_the_first_step(processor, tmp_path):
+    """Their own checks, on records that were trained on without a word."""
+    bad = [line(conversations=turns("<image>what?", "2")), line(), line()]
+    found = read(write(tmp_path, *bad))
+    rl = SimpleNamespace(rewards=["deg", "len"], skip_bad=False, max_image_tokens=0)
+    sft = SimpleNamespace(plain=True, skip_bad=False, max_image_tokens=0)
+    for script, config, problem in (
+        (train_grpo, rl, "what damaged"),
+        (train_sft, sft, "no answer"),
+    ):
+        script.check_record(config, processor, None, found[1])
+        with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{problem}"):
+            script.check_record(config, processor, None, found[0])
+        config.skip_bad = True  # then pictures are looked at, too
+        with pytest.raises(DataError, match=r"train\.jsonl:2: .*7\.png"):
+            script.check_record(config, processor, None, found[1])
 
 
 def test_errors_of_data_are_one_line_once(capsys, monkeypatch):
