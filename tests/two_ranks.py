@@ -7,14 +7,25 @@ writes what it ended with and how many collectives it took part in to OUT/rank-N
 import hashlib
 import importlib
 import json
+import os
 import sys
 
 import torch.distributed as dist
 
-from rr1 import run_folder, runtime
+from rr1 import run_folder, runtime, vlm
 
 
 def main() -> None:
+    if os.environ.get("OTHER_WEIGHTS") and os.environ["RANK"] == "1":
+        load = vlm.load
+
+        def load_others(*args, **options):
+            model, processor = load(*args, **options)
+            for p in model.parameters():
+                p.data += 1
+            return model, processor
+
+        vlm.load = load_others
     calls = {name: 0 for name in ("all_reduce", "broadcast", "barrier")}
 
     def counted(name, function):
