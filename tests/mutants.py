@@ -352,6 +352,200 @@ rr1/data.py
     test_data.py::test_prefetch_keeps_the_order_and_works_ahead
         following = step, pool.submit(make, step)
         following = step + 1, pool.submit(make, step)
+
+train_recover.py
+    test_restorer.py::test_reinforcement_goes_where_the_reward_is
+        A = grpo.group_advantages(R)
+        A = -grpo.group_advantages(R)
+        loss.backward()
+        (-loss).backward()
+    test_restorer.py::test_the_damaged_picture_is_seen
+        z_c = 2 * damaged
+        z_c = 0 * damaged
+        z_c = (2 * damaged
+        z_c = (0 * damaged
+    test_restorer.py::test_the_reward_is_against_the_clean_picture
+        target = clean.to
+        target = damaged.to
+
+rr1/u1/restorer.py
+    test_restorer.py::test_a_recovery_is_the_mean_of_several_from_noise_of_their_own
+        z_1[:, k]
+        z_1[:, 0]
+    test_restorer.py::test_a_gate_leaves_pictures_that_would_hardly_change
+        given) < gate
+        given) > gate
+
+rr1/u1/report.py
+    test_restorer.py::test_the_sampler_that_earns_most_on_training_pairs_becomes_the_models_own
+        if R.mean() > best
+        if R.mean() < best
+        change < gate, R_damaged
+        change > gate, R_damaged
+
+train_grpo.py
+    test_step.py::test_the_gradients_of_the_second_step
+        group.advantages = advantages
+        group.advantages = -advantages
+        zip(groups, A):
+        zip(groups, A.flip(1)):
+        beta=config.beta,
+        beta=2 * config.beta,
+        whole = [not r.truncated for
+        whole = [r.truncated for
+        n_tokens=int(kept_tokens),
+        n_tokens=int(mask.sum()),
+        if not (r.truncated and config.mask_truncated)]
+        if True]
+        max_length=config.max_new_tokens,
+        max_length=None,
+        n_sequences=config.prompts * config.group_size,
+        n_sequences=len(logps),
+        clip_high=config.clip_high,
+        clip_high=None,
+        logp_ref=reference_logps[k],
+        logp_ref=old_logps[k],
+        old_logps[k],
+        logps.detach(),
+        group.record, formula, config.reward_weights)
+        group.record, formula)
+        rewards.composite(y, group.record,
+        rewards.composite(y, groups[0].record,
+        copy.deepcopy(policy, {id(visual): visual})
+        policy
+    test_step.py::test_the_random_numbers_of_two_steps_differ
+        data.seed_for(config.seed, step, place)
+        data.seed_for(config.seed, place)
+        temperature=config.temperature,
+        temperature=1.0,
+        gap.max()
+        gap.min()
+    test_train.py::test_every_flag_changes_something[grpo --no-scale-by-std]
+        group_advantages(R, config.scale_by_std)
+        group_advantages(R)
+    test_train.py::test_two_processes_do_what_one_does
+        range(rt.rank, config.prompts, rt.world_size)
+        range(0, config.prompts, rt.world_size)
+        count=len(part) / config.prompts)
+        count=1)
+    test_train.py::test_a_gradient_that_is_not_finite_is_skipped_and_three_end_the_run
+        , run.kept(policy, processor, optimizer):
+        , run.kept(policy, processor, None):
+
+train_sft.py
+    test_train.py::test_sft_loss_is_the_mean_over_response_tokens_end_of_turn_included
+        -(logps * mask).sum() / n_tokens
+        -(logps * mask).sum() / mask.numel()
+        [[responses[i]] for i in part]
+        [[responses[i][:-1]] for i in part]
+    test_train.py::test_two_processes_do_what_one_does
+        indices[rt.rank :: rt.world_size]
+        indices[:: rt.world_size]
+        runtime.sum_over_ranks(count, rt)["tokens"]
+        count["tokens"]
+
+rr1/groups.py
+    test_step.py::test_a_sampler_at_another_temperature_is_seen
+        (logps - pad_sequence(
+        (logps - logps + 0 * pad_sequence(
+    test_train.py::test_a_reward_of_ones_own
+        [y.length for y in group.responses]
+        [len(y) for y in group.responses]
+
+rr1/training.py
+    test_train.py::test_two_nodes_do_what_one_process_does
+        runtime.broadcast_parameters(model, rt)
+        pass
+    test_train.py::test_held_out_answers_are_greedy_and_judged_by_the_rewards
+        temperature=0,
+        temperature=1,
+        and step != config.steps:
+        and step != 0:
+    test_train.py::test_right_answers_are_counted_by_the_total_intensity
+        2 * pairs, count
+        pairs, count
+        "medium": 0.75
+        "medium": 0.85
+        "strong": 1.5
+        "strong": 1.7
+    test_train.py::test_two_processes_do_what_one_does
+        mine = found[rt.rank :: rt.world_size]
+        mine = found
+    test_train.py::test_the_vision_tower_stands_and_the_language_model_moves
+        vlm.freeze_vision(model)
+        pass
+
+rr1/runtime.py
+    test_runtime.py::test_two_processes
+        dist.all_reduce(total)
+        pass
+        first = tensor.detach().clone()
+        first = tensor.detach()
+        seed_everything(seed + rank)
+        seed_everything(seed)
+        dist.ReduceOp.MAX)
+        dist.ReduceOp.SUM)
+        or NAN)
+        or 1)
+    test_runtime.py::test_three_steps_without_a_finite_gradient_end_a_run
+        if math.isfinite(norm):
+        if True:
+    test_runtime.py::test_schedule
+        return (step + 1) / warmup
+        return step / warmup
+        (step - warmup) / max
+        step / max
+    test_runtime.py::test_optimizer_groups
+        if p.ndim < 2], "weight_decay": 0.0}
+        if p.ndim < 2], "weight_decay": weight_decay}
+    test_runtime.py::test_one_process_also_fills_in_missing_gradients
+        if p.requires_grad and p.grad is None:
+        if rt.world_size > 1 and p.grad is None:
+    test_runtime.py::test_the_second_interrupt_kills_unless_it_is_the_echo_of_the_first
+        self._asked > 1:
+        self._asked > -1:
+    test_options.py
+        and math.isfinite(x)):
+        ):
+        low <= x
+        low < x
+
+rr1/run_folder.py
+    test_runtime.py::test_resume_is_bit_for_bit
+        shard.load_optimizer_state(model, optimizer, tensors)
+        pass
+        set_random_states(states["generators"], self.rt)
+        pass
+        self.rows = files.cut_back(self.out / "metrics.jsonl", step)
+        pass
+    test_runtime.py::test_an_error_does_not_lose_the_steps_that_were_done
+        between = updates == updates_of(optimizer)
+        between = True
+        set_random_states(states, self.rt)
+        pass
+    test_runtime.py::test_save_every_0_is_never_but_at_the_end
+        or every > 0 and step
+        or step
+    test_runtime.py::test_a_start_that_fails_does_not_occupy_its_folder
+        (self.out / "skipped.json").unlink(missing_ok=True)
+        pass
+    test_runtime.py::test_three_steps_without_a_finite_gradient_end_a_run
+        self.skipped + 1 if values["skipped"] else 0
+        self.skipped + 1 if values["skipped"] else self.skipped
+    test_runtime.py::test_dying_at_any_file_operation_leaves_a_resumable_folder
+        os.replace(temporary, folder)
+        shutil.copytree(temporary, folder)
+
+rr1/shard.py
+    test_shard.py
+        module.set_gradient_divide_factor(1.0)
+        module.set_gradient_divide_factor(2.0)
+        state[name][key] = tensor
+        state[name][key] = tensor * 0
+        here = tensor.detach().to(rt.device)
+        here = tensor.detach().to(rt.device) * 0
+        layer.set_reshard_after_forward(True)
+        pass
 """
 
 # Mutants that no test should kill, with the reason:

@@ -248,7 +248,8 @@ def changed(lab, base, run):
 def close(lab, base, run):
     assert lab.apart(run, base) < 1e-3
     for a, b in zip(base.rows, run.rows, strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        a, b = ({k: math.nan if v is None else v for k, v in row.items()} for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
 def hardly_moved(lab, base, run):
