@@ -402,7 +402,8 @@ def test_a_command_line_that_cannot_be_meant(questions, tmp_path, flags, message
     if message == "OPENAI_API_KEY":
         pytest.importorskip("openai")
     with pytest.raises(SystemExit, match=message):
-        build(questions, tmp_path, *flags.split())
+        build(questions, tmp_path / "out", *flags.split())
+    assert not (tmp_path / "out").exists(), "other settings can be tried at once"
 
 
 def test_a_broken_photo_is_rejected_and_the_rest_goes_on(questions, tmp_path):
