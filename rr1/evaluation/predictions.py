@@ -26,7 +26,7 @@ from rr1.evaluation.tsv import draw_damage, left_out
 from rr1.records import image_paths, named, open_image
 
 SET_ASIDE = "set_aside.jsonl"
-# what every job has: a picture as it came, and no true response
+ASKED = ("form", "question", "degradations", "true_response", "true_length")
 JOB = {"key": "", "damage_seed": None, "true_response": None, "true_length": None}
 
 # ---------------------------------------------------------------- what is asked
@@ -110,10 +110,7 @@ def by_mark(jobs: list[dict]) -> dict:
     """
     found = {}
     for job in jobs:
-        parts = [
-            job[name]
-            for name in ("form", "question", "degradations", "true_response", "true_length")
-        ]
+        parts = [job[name] for name in ASKED]
         for path in image_paths(job["image"]):
             size = os.path.getsize(path) if os.path.exists(path) else None
             parts += [os.path.basename(path), size, job["damage_seed"]]
@@ -154,6 +151,7 @@ def predict(
     if rt.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "meta.json", meta)
+        collect(folder, wanted)
     runtime.barrier(rt)
     todo = [job for mark, job in wanted.items() if mark not in stored]
     size = min(batch, math.ceil(len(todo) / rt.world_size))
@@ -206,15 +204,16 @@ def respond(
     """(rows, why others are left out), batch by batch; a picture is encoded once in each."""
 
     def load(k: int) -> tuple:
-        return open_pictures(batches[k], processor, skip_bad)
+        jobs, images, problems = open_pictures(batches[k], processor, skip_bad)
+        pixels = processor.pixels(list(images.values())) if jobs else None
+        return jobs, list(images), pixels, problems
 
-    for _, (jobs, images, problems) in data.prefetch(load, range(len(batches)), workers):
+    for _, (jobs, shown, pixels, problems) in data.prefetch(load, range(len(batches)), workers):
         if not jobs:
             yield [], problems
             continue
-        pixel_values, grids = processor.pixels(list(images.values()))
-        features = vlm.encode_images(model, pixel_values, grids)  # (visual tokens, H) each
-        encoded = dict(zip(images, zip(grids, features)))
+        features = vlm.encode_images(model, *pixels)  # (visual tokens, H) each
+        encoded = dict(zip(shown, zip(pixels[1], features)))  # with their (3,) grids
         prompts = [make_prompt(model, processor, job, meta["plain"], encoded) for job in jobs]
         # the seed of an answer is the same for every model and batch size
         seeds = [crc32(f"{meta['seed']} {job['key']}".encode()) for job in jobs]
@@ -273,17 +272,13 @@ def made(job: dict, answer: rollout.Rollout, plain: bool, processor: vlm.Process
 # ---------------------------------------------------------------- the folder
 
 
-def fingerprint(name: str | Path) -> str:
-    """A hash of a file, or of a checkpoint folder's safetensors files; of a hub id, the id."""
-    paths = sorted(Path(name).glob("*.safetensors")) or [Path(name)]
-    if not paths[0].is_file():
-        return str(name)
-    digest = hashlib.sha256()
-    for path in paths:
+def fingerprint(checkpoint: str) -> str:
+    """Hashes of a checkpoint folder's weights; of a hub id, the id."""
+    digests = []
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
         with open(path, "rb") as file:
-            while piece := file.read(2**22):
-                digest.update(piece)
-    return digest.hexdigest()
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests) or checkpoint
 
 
 def read_predictions(folder: Path) -> list[dict]:
