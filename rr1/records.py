@@ -28,6 +28,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -274,11 +275,14 @@ def _normal(raw: Any, folder: Path) -> dict:
     return raw
 
 
+real_folder = lru_cache(os.path.realpath)
+
+
 def inside(folder: Path, path: Any) -> str:
     """The full path of a picture, which may not leave the folder: by `..`, or over a link."""
     if not isinstance(path, str):
         raise ValueError(f"image is {path!r}; expected one path in the image folder, or several")
-    root, full = os.path.realpath(folder), os.path.realpath(os.path.join(folder, path))
+    root, full = real_folder(folder), os.path.realpath(os.path.join(folder, path))
     if os.path.commonpath([root, full]) != root:
         problem = f"image {path!r} leads to {full}, out of the image folder {root}"
         raise ValueError(f"{problem}: move the picture, or give another --images")
