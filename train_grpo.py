@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
 
     look = partial(training.held_out, config, rt, policy, processor, formula)
     if config.eval_every and not first:
-        run.log(0, look(0), "")
+        run.log(0, look(0), "now the training")
 
     load = partial(load_step, config, rt, processor, policy, found)
     batches = data.prefetch(load, range(first, config.steps), config.workers)

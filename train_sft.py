@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     look = partial(training.held_out, config, rt, model, processor)
     terms = rewards.load_rewards(["deg", "len"])
     if config.eval_every and not first:
-        run.log(0, look(terms, 0), "")
+        run.log(0, look(terms, 0), "now the training")
     with runtime.Interrupt(rt) as interrupt, run.kept(model, processor, optimizer):
         for step, (batch, responses) in batches:
             timer = runtime.Timer()

@@ -29,8 +29,8 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from rr1 import files, shard
-from rr1.runtime import Runtime, barrier, random_states, seed_everything, set_random_states
+from rr1 import files, runtime, shard
+from rr1.runtime import Runtime, barrier, random_states, set_random_states, updates_of
 
 SKIPPED = 3  # so many steps in a row without a finite gradient end a run
 FREE = {"out", "resume", "steps"}  # options that may differ when a run goes on; scripts add theirs
@@ -103,8 +103,7 @@ class RunFolder:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self.rows.append({"step": step, **finite})
         files.append_lines(self.out / "metrics.jsonl", self.rows[-1:])
-        if line:
-            self._say(line)  # what is said to be done is on disk
+        self._say(line)  # what is said to be done is on disk
         if self.tracker:
             self._track = self._track or open_tracker(self.tracker, self.out, self.settings, step)
             self._track(values, step)
@@ -152,13 +151,19 @@ class RunFolder:
 
     @contextmanager
     def kept(self, model, processor, optimizer) -> Iterator[None]:
-        """Around the loop: an error does not lose the steps that were done."""
+        """Around the loop: an error does not lose the steps that were done.
+
+        With several processes rank 0 saves alone, since the others may be gone; where the model is
+        sharded it cannot, and says where --resume goes on from.
+        """
         try:
             yield
         except Exception as error:
             step, updates, states = self.done
             between = updates == updates_of(optimizer)  # the weights are those of a whole step
-            if between and step and self.rt.world_size == 1:
+            alone = self.rt.is_main and not isinstance(model, shard.FSDPModule)
+            if between and step and alone:
+                self.rt = Runtime(device=self.rt.device)
                 set_random_states(states, self.rt)
                 self.save(step, model, processor, optimizer)
             found = checkpoints(self.out)
@@ -253,7 +258,7 @@ class RunFolder:
             set_random_states(states["generators"], self.rt)
         else:
             numbers = np.random.SeedSequence([self.config.seed, step, self.rt.rank])
-            seed_everything(int(numbers.generate_state(1)[0]))
+            runtime.seed_everything(int(numbers.generate_state(1)[0]))
             self._say(
                 f"{ranks} process(es) wrote it, {now} go on: "
                 "random states start afresh from seed and step"
@@ -267,11 +272,6 @@ def checkpoints(out: str | Path) -> list[Path]:
     """The complete checkpoints of a run's folder, oldest first."""
     found = Path(out).glob("checkpoints/step-*[0-9]")
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
-def updates_of(optimizer: torch.optim.Optimizer) -> int:
-    """How often it has stepped."""
-    return int(next(iter(optimizer.state.values()), {}).get("step", 0))
 
 
 def remove(folder: Path) -> None:

@@ -260,6 +260,11 @@ def update(optimizer: torch.optim.Optimizer, rt: Runtime, lr: float, max_grad_no
     return norm
 
 
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """How often it has stepped."""
+    return int(next(iter(optimizer.state.values()), {}).get("step", 0))
+
+
 # ---------------------------------------------------------------- logging
 
 

@@ -657,7 +657,7 @@ def test_three_steps_without_a_finite_gradient_end_a_run(tmp_path, capsys):
         same = torch.equal(net.layer.weight, before["layer.weight"])
         assert same == (gradient != 1.0)
         before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        run.log(step, {"grad_norm": norm}, "")
+        run.log(step, {"grad_norm": norm}, "x")
         run.end_step(step, False, net, Processor(), optimizer)
         assert not run_folder.checkpoints(tmp_path)
     run.log(7, {"grad_norm": math.nan}, "")

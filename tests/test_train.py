@@ -823,6 +823,23 @@ def test_two_processes_do_what_one_does(lab, no_plots):
     assert calls[1] == calls[2] and calls[0]["all_reduce"] > 0
 
 
+def test_where_one_process_fails_the_first_one_saves(lab, no_plots):
+    """The other's picture is gone in step 3; what two processes had done one process finishes."""
+    flags, run = "--prompts 4 --steps 4", Run(lab.new_folder())
+    arguments = lab.arguments("grpo", flags, run.out)
+    done = subprocess.run(
+        command([("train_grpo", arguments)], "--standalone", "--nproc-per-node", "2"),
+        capture_output=True,
+        timeout=300,
+        **PLACE | {"env": PLACE["env"] | {"FAIL": "1"}},
+    )
+    assert done.returncode != 0 and "the disk is gone" in done.stderr
+    assert "in step 3: --resume goes on from step-000002" in done.stdout
+    assert run.checkpoints == ["step-000002"]
+    train_grpo.main([*arguments, "--resume"])
+    close(lab, lab.run("grpo", flags), run)
+
+
 def test_two_nodes_do_what_one_process_does(lab, no_plots):
     """Two launchers that meet at an address, one process each. The second one reads other weights
     than the first, as from a folder that changed in between: it is told so, and learns with the
