@@ -49,15 +49,16 @@ degrade.py
     test_degrade.py::test_a_side_that_is_too_long_is_refused_with_the_limit
         and max(shape) <= LARGEST
         and max(shape) <= 1e9
-    test_degrade.py::test_damage_grows_on_each_of_other_photos_too
+    test_degrade.py::test_later_paint_does_not_cover_earlier_paint
         reversed(range(math.ceil(8 * s)))
         range(math.ceil(8 * s))
+    test_degrade.py::test_damage_grows_on_each_of_other_photos_too
         left = math.ceil(0.7 * s**0.9 * h)
         left = h
         move = np.rint([[32, 0, 32 * far.real], [0, 32, 32 * far.imag]]) / 32
         move = np.rint([[1, 0, far.real], [0, 1, far.imag]])
-        order[: 2 * pairs]
-        rng.permutation(order)[: 2 * pairs]
+        math.ceil(0.32 * s * len(order))
+        math.ceil(0.32 * len(order))
     test_degrade.py::test_the_bits_do_not_hang_on_the_processors_vector_instructions
         kernel = np.rint(1000 * kernel / kernel.sum())
         kernel = 1000 * kernel / kernel.sum()
@@ -66,8 +67,6 @@ degrade.py
         cv2.convertScaleAbs(np.exp(-s * light), alpha=255)
         np.float32(255 * np.exp(-s * light))
     test_degrade.py::test_the_seed_alone_decides_in_any_process
-        dct = cv2.dct(np.eye(8), flags=cv2.DCT_ROWS).T
-        dct = np.float32(cv2.dct(np.eye(8), flags=cv2.DCT_ROWS).T)
         spawn_key=(index, repeat))
         spawn_key=(hash(name) % 2**32, repeat))
     test_degrade.py::test_the_same_type_twice_draws_twice
@@ -92,11 +91,9 @@ degrade.py
         table = np.int16(np.rint(60 * s * NORMAL_QUANTILES))
         table = np.int16(np.rint(50 * s * NORMAL_QUANTILES))
     test_degrade.py::test_damage_looks_the_same_at_every_width
-        drop = math.ceil(side / 160)
-        drop = 8
-        sigma = 0.006 * min(image.shape[:2]) + 0.2
-        sigma = 2.5
-    test_degrade.py::test_a_very_long_picture_costs_no_more_than_its_pixels
+        radius = 0.03 * s**0.7 * side
+        radius = 9 * s**0.7
+    test_degrade.py::test_a_smooth_field_has_no_more_knots_than_pixels
         cells = min(cells, h, w)
         cells = cells
     test_degrade.py::test_one_more_photo_renames_and_redraws_nothing
@@ -382,6 +379,107 @@ rr1/u1/report.py
         if R.mean() < best
         change < gate, R_damaged
         change > gate, R_damaged
+
+rr1/evaluation/statistics.py
+    test_metrics.py::test_wilson_known_values
+        centre = (p + Z**2 / (2 * n)) / shrink
+        centre = p
+    test_metrics.py::test_bootstrap_cells_weighs_cells_alike
+        means.append(cell.mean())
+        means.append(cell.sum() / n)
+    test_metrics.py::test_paired_difference
+        picks = _picks(n, seed)
+        picks = _picks(n, seed)[::-1]
+    test_metrics.py::test_mcnemar_known_values
+        min(1.0, 2 * ways / 2**n)
+        min(1.0, ways / 2**n)
+
+rr1/evaluation/metrics.py
+    test_metrics.py::test_summary_by_hand
+        2 * column("matched")
+        column("matched")
+    test_metrics.py::test_table_1_by_hand
+        for name, cell in cells.items() if not name.endswith("none")
+        for name, cell in cells.items()
+    test_metrics.py::test_level_borders
+        if total >= LEVELS[name]:
+        if total > LEVELS[name]:
+    test_metrics.py::test_versus_counts_what_turned_right_and_wrong
+        gained = int((scores > scores_then).sum())
+        gained = int((scores >= scores_then).sum())
+    test_benchmarks.py::test_circles_count_once_and_only_if_all_are_right
+        min(first["score"], row["score"])
+        max(first["score"], row["score"])
+
+rr1/evaluation/figure_6.py
+    test_metrics.py::test_confusion_by_hand
+        parts = max(1, left.sum(), wrong.sum())
+        parts = max(1, left.sum())
+    test_metrics.py::test_figure_6_by_hand
+        math.ceil(row["total"] / WIDTH)
+        math.floor(row["total"] / WIDTH)
+    test_metrics.py::test_intensities_outside_the_range_end_no_report
+        == 1 and 0 <= s <= 1:
+        == 1:
+
+rr1/evaluation/scores.py
+    test_benchmarks.py::test_free_text_is_read_as_vlmevalkit_reads_it
+        > len(words) - 5:
+        > len(words) - 9:
+        (?i:answer\\s+is)
+        (?i:answer\\s+was)
+    test_benchmarks.py::test_the_letter_after_answer_is_stands_alone
+        ([A-D])\\b
+        (?i:([A-D]))
+    test_benchmarks.py::test_r_benchs_majority_of_votes
+        score = float(score >= 0.5)
+        score = float(score)
+    test_benchmarks.py::test_a_model_taught_by_index_is_asked_by_index
+        if row.get("asked") == "index":
+        if False:
+
+rr1/evaluation/tsv.py
+    test_benchmarks.py::test_absent_cells_are_those_of_pandas
+        if text in ABSENT:
+        if text.lower() == "nan":
+    test_benchmarks.py::test_which_sets_come_damaged
+        not name.endswith("-ref") and
+        True and
+    test_benchmarks.py::test_several_pictures_in_a_row
+        question["image"] = found[0] if len(found) == 1 else found
+        question["image"] = found[0]
+    test_benchmarks.py::test_evaluate_on_a_tsv_and_its_damaged_copy
+        if row.get("degradation"):
+        if False:
+
+rr1/evaluation/benchmarks.py
+    test_benchmarks.py::test_r_bench_in_utf_8_and_with_full_width_marks
+        return content.decode("utf-8-sig")
+        return content.decode("gb18030")
+    test_benchmarks.py::test_an_answer_that_is_no_option_is_kept_and_never_right
+        if letters and answer is not None and answer not in list(letters):
+        if False:
+    test_benchmarks.py::test_skip_bad_leaves_rows_out_and_names_them
+        bad if skip_bad else None)
+        None)
+
+rr1/evaluation/votes.py
+    test_benchmarks.py::test_a_busy_judge_is_waited_for_and_one_lost_vote_ends_nothing
+        if len(failed) >= MANY:
+        if False:
+
+rr1/evaluation/predictions.py
+    test_evaluate.py::test_mending_one_record_asks_about_that_one_again
+        stored.pop(mark) | job
+        job | stored.pop(mark)
+    test_evaluate.py::test_another_picture_under_the_same_name_is_asked_about
+        os.path.basename(path), size, job
+        os.path.basename(path), job
+    test_evaluate.py::test_a_picture_is_encoded_once
+        if shown not in images:
+        if True:
+        by_picture.setdefault(pictures_of(job)[0], [])
+        by_picture.setdefault(job["key"], [])
 
 train_grpo.py
     test_step.py::test_the_gradients_of_the_second_step
