@@ -23,6 +23,7 @@ import train_grpo
 import train_sft
 from degrade import Degradation
 from rr1 import data, records, runtime
+from rr1.answers import short_answer
 from rr1.records import DataError, open_image, read
 
 CHAIN = (
@@ -589,9 +590,9 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
     """Table 3's "w/o Reasoning": the answer, of a caption the caption, to the question alone."""
     records = read(world_folder / "train.jsonl")[:20]
     for r in records:
-        assert data.short_answer(r) == (
+        assert short_answer(r) == (
             r["caption"] if r["form"] == "caption" else r["answer"]
-        ) and "<" not in data.short_answer(r)
+        ) and "<" not in short_answer(r)
     assert {r["form"] for r in records} == {"choice", "open", "caption"}
     batch = data.load_batch(records[:2], processor, plain=True)
     assert (

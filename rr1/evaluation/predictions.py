@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from degrade import degrade
 from rr1 import data, fast, files, rollout, runtime, vlm
+from rr1.answers import short_answer
 from rr1.chain import Chain, build_prompt
 from rr1.evaluation.benchmarks import FIELDS
 from rr1.evaluation.tsv import draw_damage, left_out
@@ -75,7 +76,7 @@ def make_jobs(
             "form": form,
             "question": record["question"],
             "choices": record["choices"],
-            "answer": data.short_answer(record),
+            "answer": short_answer(record),
         }
         job |= {name: record[name] for name in FIELDS if name in record}
         if "indexed" in record:
