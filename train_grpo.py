@@ -112,13 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.shard:
         for model in filter(None, (policy, reference)):
             shard.shard(model, rt)
-    optimizer = runtime.build_optimizer(policy, config.lr, config.weight_decay)
-    first = run.load(policy, optimizer)
-    if rt.is_main:
-        print(
-            f"{vlm.count_parameters(policy)}; {len(found)} records from "
-            f"{config.data or 'the drawn world'}"
-        )
+    optimizer, first = training.begin(config, run, policy, found)
     score = partial(log_probabilities, config, rt, processor)
 
     look = partial(training.held_out, config, rt, policy, processor, formula)

@@ -88,13 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     model.model.language_model.train()  # the frozen tower has nothing to compute again
     if config.shard:
         shard.shard(model, rt)
-    optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
-    first = run.load(model, optimizer)
-    if rt.is_main:
-        print(
-            f"{vlm.count_parameters(model)}; {len(found)} records from "
-            f"{config.data or 'the drawn world'}"
-        )
+    optimizer, first = training.begin(config, run, model, found)
 
     load = partial(load_step, config, rt, processor, model, found)
     batches = data.prefetch(load, range(first, config.steps), config.workers)

@@ -86,7 +86,7 @@ class RunFolder:
         path, defaults = self.out / "config.json", asdict(type(self.config)())
         files.same_settings(path, self.settings, FREE.union(self.free), defaults=defaults)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.rt.is_main:
             print(text, flush=True)
 
@@ -103,7 +103,7 @@ class RunFolder:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self.rows.append({"step": step, **finite})
         files.append_lines(self.out / "metrics.jsonl", self.rows[-1:])
-        self._say(line)  # what is said to be done is on disk
+        self.say(line)  # what is said to be done is on disk
         if self.tracker:
             self._track = self._track or open_tracker(self.tracker, self.out, self.settings, step)
             self._track(values, step)
@@ -143,7 +143,7 @@ class RunFolder:
             )
         if stop:
             self.draw()
-            self._say(
+            self.say(
                 f"stopped after step {step}, saved in {self.out}: "
                 "the same command with --resume goes on from here"
             )
@@ -168,7 +168,7 @@ class RunFolder:
                 self.save(step, model, processor, optimizer)
             found = checkpoints(self.out)
             kept = f"--resume goes on from {found[-1].name}" if found else "nothing was saved yet"
-            self._say(f"{type(error).__name__} in step {step + 1}: {kept}")
+            self.say(f"{type(error).__name__} in step {step + 1}: {kept}")
             raise
 
     def finish(self, model, processor) -> None:
@@ -179,7 +179,7 @@ class RunFolder:
             if folder.exists():
                 remove(folder)
             os.replace(new, folder)
-        self._say(f"written: {folder}")
+        self.say(f"written: {folder}")
         self.draw()
         barrier(self.rt)
 
@@ -240,9 +240,9 @@ class RunFolder:
             files.cut_back(self.out / "rollouts.jsonl", step)
         if folder is None:
             if self.config.resume:
-                self._say(f"nothing to resume in {self.out}: starting afresh")
+                self.say(f"nothing to resume in {self.out}: starting afresh")
             return 0
-        self._say(f"resuming from {folder}")
+        self.say(f"resuming from {folder}")
         shard.load_model(model, folder / "model", self.rt)
         tensors = {}
         for file in folder.glob("optimizer*.safetensors"):  # earlier versions wrote several
@@ -259,7 +259,7 @@ class RunFolder:
         else:
             numbers = np.random.SeedSequence([self.config.seed, step, self.rt.rank])
             runtime.seed_everything(int(numbers.generate_state(1)[0]))
-            self._say(
+            self.say(
                 f"{ranks} process(es) wrote it, {now} go on: "
                 "random states start afresh from seed and step"
             )

@@ -8,6 +8,7 @@ import torch
 
 from rr1 import data, fast, records, rewards, rollout, runtime, shard, tiny, vlm
 from rr1.groups import to_text
+from rr1.run_folder import RunFolder
 from rr1.runtime import Means, Runtime, opt
 
 # options that may differ when a run goes on
@@ -68,6 +69,15 @@ def load_model(config, rt: Runtime):
     return model, processor
 
 
+def begin(config, run: RunFolder, model, found: records.Records):
+    """-> (optimizer, steps that are done already)."""
+    optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
+    first = run.load(model, optimizer)
+    path = config.data or "the drawn world"
+    run.say(f"{vlm.count_parameters(model)}; {len(found)} records from {path}")
+    return optimizer, first
+
+
 def held_out(
     config, rt: Runtime, model, processor, formula: dict[str, rewards.Reward], step: int
 ) -> dict[str, float]:
@@ -112,8 +122,8 @@ def held_out(
                 judge(means, y, record | {"length": data.true_length(record, processor)}, terms)
     model.model.language_model.train()
     found = means.over_ranks(rt)
+    shown = "  ".join(f"{name} {mean:.3f}" for name, mean in found.items())
     if rt.is_main:
-        shown = "  ".join(f"{name} {mean:.3f}" for name, mean in found.items())
         print(f"held out, step {step}: {shown}", flush=True)
     return {f"eval/{name}": mean for name, mean in found.items()}
 
