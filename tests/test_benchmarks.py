@@ -514,6 +514,30 @@ def test_a_choice_is_read_and_never_guessed(said, letter):
     assert scores.read_choice(said, {"A": "cat", "B": "dog", "C": "bird"}) == letter
 
 
+FREE_TEXT = {  # what VLMEvalKit's can_infer reads (August 2026)
+    "The correct answer is **B**. Here's why: A and C are not there, as one can see.": "B",
+    "the answer is C because of the tail, and A is far away from it": "C",
+    "I would say it is (B)": "B",
+    "B, since A is too small": None,
+    "B is what stands there to the left": None,
+    "a bird": "C",
+    "A dog or a bird": None,
+    "D": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("said", FREE_TEXT)
+def test_free_text_is_read_as_vlmevalkit_reads_it(said):
+    options = {"A": "cat", "B": "dog", "C": "bird"}
+    assert scores.free_text_choice(said, options) == FREE_TEXT[said]
+
+
+def test_the_letter_after_answer_is_stands_alone():
+    """Their pattern takes the D of `dog`."""
+    assert scores.read_choice("The answer is dog", {"A": "dog", "D": "cat"}) == "A"
+
+
 @pytest.mark.parametrize(
     "said, letter", [("2", "A"), ("4", "C"), ("1", None), ("0", None), ("C", "C"), ("3. ", "B")]
 )
