@@ -210,8 +210,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except DataError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)
+            time.sleep(5)
         print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            sys.stdout.flush()
+            os._exit(2)  # leaving in good order, it would wait for the others
         raise SystemExit(2) from None
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -670,6 +671,24 @@ def test_a_prompt_longer_than_the_model_is_named(processor, checkpoint, tmp_path
         data.check_room(model, found, batch, [11, 11])
 
 
+def test_errors_of_data_are_told_once_under_torchrun(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from rr1 import records, runtime\n"
+        "with records.one_line_errors():\n"
+        "    runtime.setup()\n"
+        "    print('begun')\n"
+        "    raise records.DataError('train.jsonl:2: not JSON')\n"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr.count("train.jsonl:2: not JSON") == 1
+    assert "begun" in done.stdout and re.search(r"exitcode *: 2 ", done.stderr)
+    assert "DataError" not in done.stderr
+
+
 def test_the_scripts_try_every_record_before_the_first_step(processor, tmp_path):
     """Their own checks, on records that were trained on without a word."""
     bad = [line(conversations=turns("<image>what?", "2")), line(), line()]
@@ -697,7 +716,7 @@ def test_errors_of_data_are_one_line_once(capsys, monkeypatch):
             raise DataError("train.jsonl:2: not JSON\n(a very\nlong story)")
         assert stop.value.code == 2
         assert capsys.readouterr().err == "train.jsonl:2: not JSON (a very long story)\n"
-    assert slept == [3]  # the other ranks: torchrun ends them before they speak
+    assert slept == [5]  # the other ranks: torchrun ends them before they speak
     with pytest.raises(ZeroDivisionError), records.one_line_errors():
         raise ZeroDivisionError  # our own faults keep their traceback
 
