@@ -355,7 +355,7 @@ def test_a_report_leaves_undamaged_scenes_out(lab, tmp_path):
 
 
 def test_a_restorers_weights_go_on_at_another_side(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "TRAIN", 20)
+    monkeypatch.setattr(pairs, "SCENES", 20)
     monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
     train_recover.main(
         [
@@ -499,7 +499,7 @@ def apart(lab, a: Run, b: Run) -> float:
 
 
 def test_a_new_restorer_starts_from_the_seed_and_of_the_given_side(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "TRAIN", 20), monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
+    monkeypatch.setattr(pairs, "SCENES", 20), monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
     runs = [Run(tmp_path / str(i)) for i in range(2)]
     for run in runs:
         train_recover.main(

@@ -26,6 +26,7 @@ from rr1.records import DataError, open_image
 from rr1.tiny import world
 from rr1.u1.restorer import to_tensor
 
+SCENES = 24_576  # of the drawn world, to train on
 KEPT = 64  # larger pairs would make a file of more than a gigabyte: they are drawn when asked for
 
 
@@ -57,7 +58,7 @@ class Scenes:
     def __init__(self, side: int, seed: int = 0, n: int | None = None):
         self.side = side
         self.seed = seed
-        self.n = world.TRAIN if n is None else n
+        self.n = SCENES if n is None else n
         self.drawn = None
 
     def __len__(self) -> int:
