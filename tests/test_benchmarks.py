@@ -452,6 +452,9 @@ def test_a_okvqa_is_asked_with_and_without_its_choices(tmp_path):
         and direct["question"] == "what?"
         and difficult["form"] == "choice"
     )
+    (tmp_path / "a.jsonl").write_text(json.dumps(item) + "\n")
+    again = read(tmp_path / "a.jsonl", tmp_path, tmp_path)
+    assert [r["question"] for r in again] == [choice["question"], "what?"]
     jobs = predictions.make_jobs(records, [0.5], 0)
     assert [job["key"] for job in jobs] == [
         "1 clean",
@@ -535,7 +538,8 @@ def test_free_text_is_read_as_vlmevalkit_reads_it(said):
 
 def test_the_letter_after_answer_is_stands_alone():
     """Their pattern takes the D of `dog`."""
-    assert scores.read_choice("The answer is dog", {"A": "dog", "D": "cat"}) == "A"
+    options = {"A": "dog", "B": "bird of prey", "D": "cat"}
+    assert scores.read_choice("The answer is dog", options) == "A"
 
 
 @pytest.mark.parametrize(

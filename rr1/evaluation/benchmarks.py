@@ -3,7 +3,8 @@
     *.tsv     MMMB, MMStar, RealWorldQA, R-Bench-Dis and any other in VLMEvalKit's form
     *.csv     R-Bench's own Ref_Release.csv (UTF-8 or GB18030), beside its folder dis_image: choice
               and open questions, captions
-    *.json    A-OKVQA, beside a COCO folder (--images): each question with its choices, and again
+    *.json, *.jsonl
+              A-OKVQA, beside a COCO folder (--images): each question with its choices, and again
               without them (direct answer)
 
     python evaluate.py --benchmark MMStar.tsv --levels 0.25 0.5 1
@@ -56,7 +57,8 @@ def read(path: str | Path, images: str | Path | None, cache: Path, skip_bad: boo
     of its options is kept, and never right.
     """
     path = Path(path)
-    readers = {".tsv": read_tsv, ".csv": read_r_bench, ".json": read_a_okvqa}
+    readers = {".tsv": read_tsv, ".csv": read_r_bench}
+    readers |= {".json": read_a_okvqa, ".jsonl": read_a_okvqa}
     if not path.is_file() or path.suffix not in readers:
         endings = ", ".join(readers)
         raise SystemExit(f"--benchmark {path}: expected a file that ends in {endings}")
