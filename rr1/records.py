@@ -224,6 +224,7 @@ def check_truth(record: dict, rewards: Sequence[str]) -> None:
     damage = not {"deg", "deg_pairwise", "deg_released"}.isdisjoint(rewards)
     known, response, chain = record["degradations"], record["response"], record["chain"]
     stated = stated_types(response) if response else None
+    length = record.get("length", 1 if chain.reasoning or chain.conclusion else None)
     with named(record["where"]):
         if damage and response and stated is None and not known:
             expected = '<TYPE>noise(0.20)<TYPE_END> in the true chain, or "degradations"'
@@ -232,10 +233,9 @@ def check_truth(record: dict, rewards: Sequence[str]) -> None:
             raise ValueError(f"the true damage is {known}; expected intensities in [0, 1]")
         if damage and stated is not None and not _agree(stated, known):
             raise ValueError(f'the true chain says {stated}, "degradations" {known}: correct one')
-        has_length = "length" in record or chain.reasoning or chain.conclusion
-        if "len" in rewards and not has_length:
+        if "len" in rewards and not (isinstance(length, int) and length >= 1):
             expected = 'a true chain, or "length", its tokens by Eq. 7'
-            raise ValueError(f"how long a response should be is not known; expected {expected}")
+            raise ValueError(f"the length to aim for is {length}; expected {expected}")
 
 
 def _agree(a: list[Degradation], b: list[Degradation]) -> bool:
@@ -267,9 +267,8 @@ def _normal(raw: Any, folder: Path) -> dict:
     raw["image"] = paths[0] if len(paths) == 1 else paths
     if "clean_image" in raw:
         raw["clean_image"] = inside(folder, raw["clean_image"])
-    choices = raw.get("choices", [])
-    if not isinstance(choices, list):
-        raise ValueError(f"choices is {choices!r}; expected a list of texts")
+    if not isinstance(raw.get("choices", []), list):
+        raise ValueError(f"choices is {raw['choices']!r}; expected a list of texts")
     raw["question"] = _without_marks(raw["question"], len(paths))
     if "_pad|>" in raw["question"] + (raw["response"] or ""):
         raise ValueError("a turn spells a token such as <|image_pad|>, which stands for a picture")

@@ -230,8 +230,16 @@ def test_a_record_without_a_chain(tmp_path):
     records.check_truth(record, ["deg", "len", "accuracy"])
     [record] = read(write(tmp_path, line(conversations=human, degradations=[])))
     records.check_truth(record, ["deg"])  # a clean picture
-    with pytest.raises(DataError, match=r"train\.jsonl:1: how long .*Eq. 7"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the length to aim for .*Eq. 7"):
         records.check_truth(record, ["deg", "len"])
+
+
+@pytest.mark.parametrize("length", [0, -3, "31", [31]])
+def test_a_length_that_is_none_is_a_bad_record(tmp_path, length):
+    [record] = read(write(tmp_path, line(length=length)))
+    records.check_truth(record, ["deg"])
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the length to aim for is"):
+        records.check_truth(record, ["len"])
 
 
 TORN = CHAIN.replace("<TYPE_END>", "</TYPE>")
@@ -254,7 +262,7 @@ TORN = CHAIN.replace("<TYPE_END>", "</TYPE>")
         (CHAIN, [("noise", 0.4)], ["deg"], "the true chain says .*correct one"),
         (CHAIN, [("darkness", 0.2)], ["deg"], "the true chain says .*correct one"),
         (CHAIN, [], ["deg_pairwise"], "the true chain says .*correct one"),
-        ("2", [("noise", 0.2)], ["len"], "how long a response should be"),
+        ("2", [("noise", 0.2)], ["len"], "the length to aim for is None"),
     ],
 )
 def test_a_reward_needs_a_truth_that_can_be_read(tmp_path, response, known, rewards, message):
