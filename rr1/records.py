@@ -238,7 +238,8 @@ def check_truth(record: dict, rewards: Sequence[str]) -> None:
             raise ValueError(f"the length to aim for is {length}; expected {expected}")
 
 
-def _agree(a: list[Degradation], b: list[Degradation]) -> bool:
+def _agree(a, b) -> bool:
+    """Whether two lists of degradations are the same, up to their two decimals."""
     pairs = zip(sorted(a), sorted(b))
     return len(a) == len(b) and all(x == y and abs(s - t) < 0.015 for (x, s), (y, t) in pairs)
 
