@@ -4,7 +4,9 @@ import base64
 import csv
 import io
 import json
+import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -17,6 +19,7 @@ from degrade import degrade
 from rr1 import records
 from rr1.chain import Chain, build_prompt, render
 from rr1.evaluation import benchmarks, metrics, predictions, report, scores, votes
+from rr1.evaluation import tsv as evaluation_tsv
 from rr1.evaluation.tsv import REQUEST, damage_tsv, rows_of
 
 
@@ -707,6 +710,34 @@ def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monke
         written[0]["damage_seed"] == str(rows["3 1"]["damage_seed"])
         and written[0]["question"] == ROWS[0]["question"]
     )
+
+
+def test_damage_that_fails_leaves_nothing(tsv, tmp_path):
+    twice, bad, cut = tmp_path / "twice.tsv", tmp_path / "bad.tsv", tmp_path / "cut.tsv"
+    damage_tsv(tsv, tmp_path / "hurt.tsv", [1.0])
+    write_tsv(bad, [ROWS[0], ROWS[1] | {"image": "a" * 101}])
+    cut.write_bytes(tsv.read_bytes()[:-40])
+    for source, message in (
+        (tmp_path / "hurt.tsv", "hurt.tsv:3: a column degradation: this is a damaged copy already"),
+        (bad, "bad.tsv:4: image is not base64"),
+        (cut, "cut.tsv:7: has not the"),
+    ):
+        with pytest.raises(records.DataError, match=message):
+            damage_tsv(source, twice, [0.5, 1.0])
+    assert not list(tmp_path.glob("twice*")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_damage_uses_all_cores(tsv, tmp_path, monkeypatch):
+    threads, draw = set(), evaluation_tsv.draw_damage
+
+    def drawn(*arguments):
+        threads.add(threading.get_ident())
+        time.sleep(0.2)
+        return draw(*arguments)
+
+    monkeypatch.setattr(evaluation_tsv, "draw_damage", drawn)
+    damage_tsv(tsv, tmp_path / "hurt.tsv", [1.0])
+    assert len(threads) > 1 or os.cpu_count() == 1
 
 
 def test_the_damage_command(tsv, tmp_path, capsys):

@@ -12,7 +12,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -257,12 +257,27 @@ def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -
     if len(set(names)) < len(levels) or source.resolve() in [name.resolve() for name in names]:
         raise SystemExit(f"{target}: the levels {levels} need files of their own, not {source}")
     temporary = [name.with_name(name.name + ".tmp") for name in names]
-    writers: list[csv.DictWriter] = []
-    with ExitStack() as stack, ThreadPool() as pool:
-        for row, cells, damage in pool.imap(partial(damage_row, levels, seed), rows_of(source)):
+    try:
+        with ThreadPool() as pool:
+            damaged = pool.imap(partial(damage_row, levels, seed), rows_of(source))
+            write_sheets(damaged, levels, temporary)
+    except BaseException:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+        raise
+    for path, name in zip(temporary, names):
+        os.replace(path, name)
+    return names
+
+
+def write_sheets(damaged: Iterable[tuple], levels: list[float], paths: list[Path]) -> None:
+    """What `damage_row` makes of the rows, in a TSV for each level."""
+    writers = []
+    with ExitStack() as stack:
+        for row, cells, damage in damaged:
             if not writers:
                 columns = [*row, "degradation", "intensity", "damage_seed"]
-                for path in temporary:
+                for path in paths:
                     sheet = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
                     writer = csv.DictWriter(sheet, columns, delimiter="\t", lineterminator="\n")
                     writer.writeheader()
@@ -270,9 +285,6 @@ def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -
             for writer, s, cell in zip(writers, levels, cells):
                 made = {"intensity": f"{s:g}"} | damage if damage else {}
                 writer.writerow(row | made | {"image": cell})
-    for whole, name in zip(temporary, names):
-        os.replace(whole, name)
-    return names
 
 
 def damage_row(levels: list[float], seed: int, found: tuple[str, dict]) -> tuple:
@@ -282,6 +294,8 @@ def damage_row(levels: list[float], seed: int, found: tuple[str, dict]) -> tuple
         cells = as_list(row.get("image", ""))
         if not cells:
             raise ValueError("no image inside the file, so none to damage")
+        if "degradation" in row:
+            raise ValueError("a column degradation: this is a damaged copy already")
         if len(cells[0]) <= LONGEST_INDEX:
             return row, [cells[0]] * len(levels), {}
         pictures = [decode_picture(cell) for cell in cells]
