@@ -136,11 +136,12 @@ class RunFolder:
             self.save(step, model, processor, optimizer)
         self.done = step, updates_of(optimizer), random_states(self.rt)
         if self.skipped == SKIPPED:
-            raise SystemExit(
+            why = (
                 f"the gradients of the last {SKIPPED} steps were not finite, so none was taken; "
                 f"see the end of {self.out}/metrics.jsonl and rollouts.jsonl. Saved as it is after "
                 f"step {step}: lower --lr, or find what is odd in these records"
             )
+            raise SystemExit(why if self.rt.is_main else 1)
         if stop:
             self.draw()
             self.say(
