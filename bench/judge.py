@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from rr1 import data, runtime
 from rr1.tiny import world
+from rr1.tiny.scenes import COLORS, PLACES, SHAPES, Scene
 from rr1.u1 import pairs
 from rr1.u1.restorer import to_tensor
 
-KINDS = list(product(world.SHAPES, world.COLORS))
+KINDS = list(product(SHAPES, COLORS))
 
 
 def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -36,12 +37,12 @@ def new_judge() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def things(scenes: list[world.Scene]) -> Tensor:
+def things(scenes: list[Scene]) -> Tensor:
     """Which of KINDS is in each quarter, (N, 2, 2); len(KINDS): none."""
     found = torch.full((len(scenes), 4), len(KINDS))
     for i, scene in enumerate(scenes):
         for thing in scene.things:
-            place = world.PLACES.index(thing.place)
+            place = PLACES.index(thing.place)
             found[i, place] = KINDS.index((thing.shape, thing.color))
     return found.view(-1, 2, 2)
 

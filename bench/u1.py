@@ -35,7 +35,7 @@ from rr1 import data, files, records, runtime, tiny, vlm
 from rr1.evaluation import metrics
 from rr1.evaluation.statistics import cell, interval, markdown, paired_difference
 from rr1.runtime import opt
-from rr1.tiny import world
+from rr1.tiny import scenes, world
 from rr1.u1 import __main__ as data_set
 from rr1.u1 import pairs, report, rewards
 from rr1.u1.restorer import Restorer, recover, to_tensor
@@ -152,16 +152,16 @@ def control_steps(out: Path, seed: int) -> int:
 
 def held_out(n: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first n held-out scenes that are damaged: damaged, clean, and the things in them."""
-    source, found, scenes = pairs.Scenes(side, seed=1), [], []
+    source, found, drawn = pairs.Scenes(side, seed=1), [], []
     index = 0
     while len(found) < n:
         _, degradations, _ = world.undamaged(index, 1)
         if degradations:
             found.append(source.pair(index))
-            scenes.append(world.sample_scene(np.random.default_rng([1, index])))
+            drawn.append(world.sample_scene(np.random.default_rng([1, index])))
         index += 1
     damaged, clean = zip(*found)
-    return to_tensor(damaged), to_tensor(clean), things(scenes)
+    return to_tensor(damaged), to_tensor(clean), things(drawn)
 
 
 def recovery_table(scores: dict[str, report.Scores]) -> str:
@@ -190,7 +190,7 @@ def recovery_table(scores: dict[str, report.Scores]) -> str:
 def compare_answers(config: Config, out: Path) -> str:
     # 1. recover the pictures, and write the records that show them
     tiny.dataset("train")
-    large = ["train_recover.py", "--model", tiny.RESTORER, "--side", world.SIDE]
+    large = ["train_recover.py", "--model", tiny.RESTORER, "--side", scenes.SIDE]
     train(config, {"restorer": [*large, "--lr", LARGE_LR, "--steps", 1000]})
     for part, split in (("sft", "train"), ("all", "test")):
         ask = f"--model {out}/restorer/model --part {part} --data {tiny.dataset(split)}"
