@@ -6,8 +6,8 @@
 It is run by hand, not by pytest. The source is copied to a temporary folder; there each mutant is
 made in turn, its test is run by a process forked from this one (which has imported torch once), and
 the file is put back. A mutant is killed where the test fails or takes too long; it has survived
-where it passes. A test that cannot be collected, or a line that is not there exactly once, is an
-error of the table below.
+where it passes. A test that cannot be collected or fails without a mutant, or a line that is not
+there exactly once, is an error of the table below.
 """
 
 import os
@@ -834,7 +834,11 @@ def run(test: str, folder: Path) -> int:
     return -1
 
 
-def attempt(mutant: Mutant, folder: Path) -> str:
+def attempt(mutant: Mutant, folder: Path, passing: set[str]) -> str:
+    """What became of a mutant; `passing`: the tests that are known to pass without one."""
+    if mutant.test not in passing and run(mutant.test, folder) != 0:
+        return f"ERROR: the test does not pass without a mutant; see {folder}/pytest.log"
+    passing.add(mutant.test)
     path = folder / mutant.file
     source = path.read_text(encoding="utf-8")
     if source.count(mutant.old) != 1:
@@ -852,10 +856,10 @@ def main(wanted: str = "") -> None:
     ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", "*.pyc", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
     chosen = [mutant for mutant in table() if wanted in f"{mutant.file} {mutant.test}"]
-    failures = []
+    failures, passing = [], set()
     for number, mutant in enumerate(chosen, start=1):
         start = time.perf_counter()
-        found = attempt(mutant, folder)
+        found = attempt(mutant, folder, passing)
         seconds = time.perf_counter() - start
         line = f"{mutant.file}: {mutant.old}  ->  {mutant.new}  [{mutant.test}]"
         print(f"{number:3d}/{len(chosen)} {seconds:5.1f} s  {found}  {line}", flush=True)
