@@ -161,6 +161,7 @@ def test_a_gate_leaves_pictures_that_would_hardly_change():
     model, damaged = random_restorer(), torch.rand(6, 3, 16, 16)
     recovered = restorer.recover(model, damaged, gate=0.0)
     change = restorer.distance(recovered, damaged)
+    assert (change > 0.1).all()
     gate = float(change.sort().values[2:4].mean())  # between the third and the fourth
     gated = restorer.recover(model, damaged, gate=gate)
     for i in range(6):
