@@ -33,7 +33,11 @@ from rr1.runtime import opt
 LIMITS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": float("inf")}
 TEMPERATURE = 0.7
 SIZES = [(112, 112), (168, 84), (84, 140)]  # of the pictures: width, height
-TEXTS = ["what is it?", "how many shapes are there, and what color is the largest?", "where?"]
+TEXTS = [
+    "what is it?",
+    "how many shapes are there, and what color is the largest?",
+    "where?",
+]
 
 
 @dataclass
@@ -111,7 +115,9 @@ def separate(model, processor, responses, weights: Sequence[Tensor]) -> Scores:
                 mm_token_type_ids=(ids == processor.image_token_id).int(),
             )
             logits = out.logits[0, len(prompt) - 1 : -1]  # (L, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE
+            logits = (
+                logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE
+            )
             logits[:, processor.banned_ids] = float("-inf")
             targets = ids[0, len(prompt) :, None]
             logps = logits.log_softmax(-1).gather(-1, targets)[:, 0]
@@ -150,7 +156,8 @@ def certify(config: Config, rt: runtime.Runtime, dtype: str) -> list[tuple]:
     vlm.freeze_vision(model)
     banned = processor.banned_ids
     asked = questions(max(len(SIZES), rt.world_size))  # one a process at least
-    prompts = data.encode(model, data.collate(*asked, processor))
+    batch = data.collate(*asked, processor)
+    prompts = data.encode(model, batch)
     largest = max(config.group_sizes)
     rows = []
     for way in ("plain", "fast.py"):
@@ -169,7 +176,8 @@ def certify(config: Config, rt: runtime.Runtime, dtype: str) -> list[tuple]:
             share = packed(model, prompts[mine], responses[mine], banned, weights[mine])
             for name, p in model.named_parameters():
                 p.grad = share.gradients.get(name)
-            runtime.sum_gradients([p for p in model.parameters() if p.requires_grad], rt)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            runtime.sum_gradients(trained, rt)
             together = Scores(found.logps, take_gradients(model))
             name = f"{way}: {rt.world_size} processes, one"
             rows.append((name, *together.differences(found)))
