@@ -236,7 +236,9 @@ def motion_blur(image, s, rng):
         # In 1/32 of a pixel: every processor moves alike.
         move = np.rint([[32, 0, 32 * far.real], [0, 32, 32 * far.imag]]) / 32
         ahead = cv2.warpAffine(out, move, (w, h), borderMode=BORDER)
-        behind = cv2.warpAffine(out, cv2.invertAffineTransform(move), (w, h), borderMode=BORDER)
+        behind = cv2.warpAffine(
+            out, cv2.invertAffineTransform(move), (w, h), borderMode=BORDER
+        )
         out = cv2.addWeighted(ahead, 0.5, behind, 0.5, 0)
     return out
 
@@ -325,7 +327,11 @@ def block_change(image, s, rng):
 
     def blocks(of):
         # (rows, cols, side, side, 3), a view.
-        return of[: rows * side, : cols * side].reshape(rows, side, cols, side, 3).swapaxes(1, 2)
+        return (
+            of[: rows * side, : cols * side]
+            .reshape(rows, side, cols, side, 3)
+            .swapaxes(1, 2)
+        )
 
     blocks(out)[here // cols, here % cols] = blocks(image)[there // cols, there % cols]
     return out
@@ -458,7 +464,11 @@ def graffiti(image, s, rng):
         path += (0.15 + 0.7 * start) * [[w], [h]]  # (2, 60): x, y
         written = path.T[: math.ceil((8 * s - k) * 60)]
         points = np.int32(np.rint(16 * written))  # in sixteenths of a pixel: 4 bits
-        colour = strokes[k, 10:13] * [90, 255, 95] + [0, 0, 160]  # one channel low, one high: vivid
+        colour = strokes[k, 10:13] * [90, 255, 95] + [
+            0,
+            0,
+            160,
+        ]  # one channel low, one high: vivid
         colour = colour[strokes[k, 13:].argsort()]
         thickness = max(1, round((0.025 + 0.017 * width) * side))
         cv2.polylines(out, [points], False, colour.tolist(), thickness, cv2.LINE_AA, 4)
@@ -521,13 +531,17 @@ def canonical(name: str) -> str:
     plain = " ".join(str(name).lower().replace("_", " ").replace("-", " ").split())
     plain = ALIASES.get(plain, plain)
     if plain not in DEGRADATIONS:
-        near = difflib.get_close_matches(plain[:40], [*DEGRADATIONS, *ALIASES], 1, cutoff=0)[0]
+        near = difflib.get_close_matches(
+            plain[:40], [*DEGRADATIONS, *ALIASES], 1, cutoff=0
+        )[0]
         known = f"nearest is {ALIASES.get(near, near)!r}, all are {list(DEGRADATIONS)}"
         raise ValueError(f"unknown degradation {str(name)[:40]!r}; {known}")
     return plain
 
 
-def degrade(image: np.ndarray, degradations: list[tuple[str, float]], seed: int) -> np.ndarray:
+def degrade(
+    image: np.ndarray, degradations: list[tuple[str, float]], seed: int
+) -> np.ndarray:
     """Eq. 13: X_d = D(X), a new array.
 
     Applies (type, intensity) pairs to an RGB uint8 image (H, W, 3) in stage order, whatever their
@@ -543,7 +557,9 @@ def degrade(image: np.ndarray, degradations: list[tuple[str, float]], seed: int)
         try:
             name, s = pair
         except (TypeError, ValueError):
-            raise ValueError(f"degradations hold {pair!r}; expected (type, s) pairs") from None
+            raise ValueError(
+                f"degradations hold {pair!r}; expected (type, s) pairs"
+            ) from None
         name = canonical(name)
         _check_intensity(name, s)
         if s > 0:
@@ -563,7 +579,9 @@ def sample_degradations(rng, low: int = 1, high: int = 3) -> list[Degradation]:
     """
     order = list(DEGRADATIONS)
     if not 0 <= low <= high <= len(order):
-        raise ValueError(f"low = {low}, high = {high}; expected 0 <= low <= high <= {len(order)}")
+        raise ValueError(
+            f"low = {low}, high = {high}; expected 0 <= low <= high <= {len(order)}"
+        )
     shares = [0.25 / len(names) for names in STAGES.values() for _ in names]
     picked = rng.choice(len(order), rng.integers(low, high + 1), replace=False, p=shares)
     return [Degradation(order[i], round(float(rng.random()), 2)) for i in sorted(picked)]
@@ -579,7 +597,9 @@ def _is_cut_jpeg(data):
     """Whether a JPEG ends before its end-of-image marker; OpenCV fills the rest with grey."""
     at = 2
     while at < len(data) and data[at : at + 2] != b"\xff\xda":
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])  # past the segments before the first scan
+        at += 2 + int.from_bytes(
+            data[at + 2 : at + 4]
+        )  # past the segments before the first scan
     return data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[at:]
 
 
@@ -589,7 +609,9 @@ def _read(path):
     if not data or _is_cut_jpeg(data):
         raise ValueError(f"{path}: cut off")
     data = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR)  # turned as EXIF says; of 16 bits the upper 8
+    image = cv2.imdecode(
+        data, cv2.IMREAD_COLOR
+    )  # turned as EXIF says; of 16 bits the upper 8
     if image is None:
         image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
         if image is None:
@@ -672,15 +694,23 @@ def _degrade_folder(folder, out, plan):
     for image, label in plan.items():
         before = labels.get(image, label)
         if before | {"clean_crc32": label["clean_crc32"]} != label:
-            raise ValueError(f"{file} is of another --seed or --types; choose another --out")
+            raise ValueError(
+                f"{file} is of another --seed or --types; choose another --out"
+            )
         if before != label:
-            print(f"{label['clean_image']} was replaced; {image} is made again", file=sys.stderr)
+            print(
+                f"{label['clean_image']} was replaced; {image} is made again",
+                file=sys.stderr,
+            )
         if labels.get(image) != label or not (out / image).exists():
             todo.append(label)
     print(f"{len(plan)} copies to {out}, {len(plan) - len(todo)} of them there")
     for image, label in labels.items():
         if not (folder / label["clean_image"]).exists():
-            print(f"{label['clean_image']} is gone; {image} and its label stay", file=sys.stderr)
+            print(
+                f"{label['clean_image']} is gone; {image} and its label stay",
+                file=sys.stderr,
+            )
 
     def work(label):
         """Write a copy; an error as text, so that a broken photo does not stop the rest."""
@@ -712,7 +742,9 @@ def gallery(image, seed):
     small = _shrink(image, 160)
     rows = []
     for name in DEGRADATIONS:
-        row = np.hstack([degrade(small, [(name, s)], seed) for s in (0.1, 0.25, 0.5, 0.75, 1)])
+        row = np.hstack(
+            [degrade(small, [(name, s)], seed) for s in (0.1, 0.25, 0.5, 0.75, 1)]
+        )
         row = cv2.copyMakeBorder(row, 30, 0, 0, 0, cv2.BORDER_CONSTANT, value=[255] * 3)
         rows.append(cv2.putText(row, name, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 0))
     return np.vstack(rows)
@@ -783,7 +815,9 @@ def _run(source, args):
         raise ValueError(
             "--type NAME S and --gallery are for a photo, --types and --levels for a folder"
         )
-    out = args.out or Path(source.resolve().stem + ("-degraded" if is_folder else "-degraded.png"))
+    out = args.out or Path(
+        source.resolve().stem + ("-degraded" if is_folder else "-degraded.png")
+    )
     if is_folder:
         types = [canonical(name) for name in args.types or ()]
         levels = args.levels or [0.25, 0.5, 1.0]

@@ -34,18 +34,28 @@ DEFAULT = [f"base={tiny.BASE}", f"sft={tiny.SFT}", f"grpo={GRPO}"]
 class Config:
     # models
     models: list[str] = opt(DEFAULT, "NAME=checkpoint folder or hub id")
-    plain: list[str] = opt(["base"], "models asked the question alone; all they say is the answer")
+    plain: list[str] = opt(
+        ["base"], "models asked the question alone; all they say is the answer"
+    )
     letters: list[str] = opt(
         ["base"], "models asked a benchmark's choices by letter; else by index"
     )
-    model: str = opt("", "a single checkpoint, in place of --models; the one asked about --image")
+    model: str = opt(
+        "", "a single checkpoint, in place of --models; the one asked about --image"
+    )
     # data
     data: str = opt("", "file of JSON lines; empty: the drawn world's test.jsonl")
-    benchmark: str = opt("", "in place of --data: R-Bench's csv, a VLMEvalKit tsv, A-OKVQA's json")
-    images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    benchmark: str = opt(
+        "", "in place of --data: R-Bench's csv, a VLMEvalKit tsv, A-OKVQA's json"
+    )
+    images: str = opt(
+        "", "folder that image paths are relative to; empty: the data file's own"
+    )
     skip_bad: bool = opt(False, "leave out, and name, records that cannot be used")
     limit: int = opt(0, "ask about this many records only; 0: all")
-    table_2: bool = opt(True, "ask choice questions again on clean pictures and at each level")
+    table_2: bool = opt(
+        True, "ask choice questions again on clean pictures and at each level"
+    )
     levels: list[float] = opt(
         [0.25, 0.5, 1.0], "of Table 2 (published script: 0.23 0.45 0.9)", high=1
     )
@@ -53,12 +63,20 @@ class Config:
     max_new_tokens: int = opt(128, "longest response", low=1)
     temperature: float = opt(0.0, "0: the likeliest token always; 1: sample")
     seed: int = opt(0, "fixes the damage of Table 2, what is sampled and the bootstrap")
-    min_pixels: int = opt(0, "enlarge smaller pictures to so many pixels; 0: the checkpoint's own")
-    max_pixels: int = opt(0, "shrink larger pictures to so many pixels; 0: the checkpoint's own")
+    min_pixels: int = opt(
+        0, "enlarge smaller pictures to so many pixels; 0: the checkpoint's own"
+    )
+    max_pixels: int = opt(
+        0, "shrink larger pictures to so many pixels; 0: the checkpoint's own"
+    )
     # scores
-    judge: str = opt("", "OpenAI-compatible endpoint whose votes score R-Bench; OPENAI_API_KEY")
+    judge: str = opt(
+        "", "OpenAI-compatible endpoint whose votes score R-Bench; OPENAI_API_KEY"
+    )
     judge_model: str = opt("gpt-3.5-turbo", "what to ask for there")
-    score_only: bool = opt(False, "report on the predictions that are there; no model is loaded")
+    score_only: bool = opt(
+        False, "report on the predictions that are there; no model is loaded"
+    )
     # one picture
     image: str = opt("", "ask about this one picture and print the chain")
     question: str = opt("", "what to ask about --image")
@@ -66,7 +84,9 @@ class Config:
     # machine
     out: str = opt("", "empty: runs/eval, of a benchmark runs/eval-ITS-NAME")
     batch: int = opt(64, "prompts at a time, in each process", low=1)
-    workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread")
+    workers: int = opt(
+        0, "processes that read pictures ahead, in each process; 0: a thread"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.image:
         return show_one(config, rt)
     if not config.out:
-        config.out = f"runs/eval-{Path(config.benchmark).stem}" if config.benchmark else "runs/eval"
+        config.out = (
+            f"runs/eval-{Path(config.benchmark).stem}" if config.benchmark else "runs/eval"
+        )
     out, models = Path(config.out), choose_models(config, rt)
     if not config.score_only:
         with runtime.main_first(rt):  # who comes first writes what the others find
@@ -87,12 +109,16 @@ def main(argv: list[str] | None = None) -> None:
         for name, checkpoint in models.items():
             by_letter = name in config.letters
             jobs = predictions.make_jobs(records, levels, config.seed, by_letter)
-            predictions.predict(out / name, how_asked(config, name, checkpoint), jobs, *machine)
+            predictions.predict(
+                out / name, how_asked(config, name, checkpoint), jobs, *machine
+            )
     if rt.is_main:
         rows = {name: predictions.read_predictions(out / name) for name in models}
         if config.judge:
             for name, found in rows.items():
-                votes.vote(found, config.judge, config.judge_model, out / name / "votes.jsonl")
+                votes.vote(
+                    found, config.judge, config.judge_model, out / name / "votes.jsonl"
+                )
         write_report(out, rows, config.seed)
     runtime.teardown(rt)
 
@@ -104,13 +130,17 @@ def choose_models(config: Config, rt: runtime.Runtime) -> dict:
     for text in given:
         name, _, checkpoint = text.partition("=")
         if not name or not checkpoint or name in models or Path(name).name != name:
-            raise SystemExit(f"--models {text}: expected NAME=CHECKPOINT, each NAME once, no path")
+            raise SystemExit(
+                f"--models {text}: expected NAME=CHECKPOINT, each NAME once, no path"
+            )
         models[name] = checkpoint
     for flag, names in (("--plain", config.plain), ("--letters", config.letters)):
         unknown = set(names) - set(models) - {"base"}
         if unknown:
             there = ", ".join(models)
-            raise SystemExit(f"{flag} {' '.join(unknown)}: no such model; there are {there}")
+            raise SystemExit(
+                f"{flag} {' '.join(unknown)}: no such model; there are {there}"
+            )
     for name, checkpoint in list(models.items()):
         needed = Path(config.out, name) if config.score_only else Path(checkpoint)
         if f"{name}={checkpoint}" in DEFAULT and not needed.is_dir():
@@ -126,7 +156,9 @@ def read_records(config: Config) -> tuple:
     """The records to ask about, and what is to be said about the file."""
     if config.benchmark:
         cache = Path(config.out) / "images"
-        found, notes = benchmarks.read(config.benchmark, config.images, cache, config.skip_bad)
+        found, notes = benchmarks.read(
+            config.benchmark, config.images, cache, config.skip_bad
+        )
     else:
         found = read(config.data or tiny.dataset("test"), config.images, config.skip_bad)
         notes = [f"left out: {why}" for why in found.bad]
@@ -154,7 +186,9 @@ def write_report(out: Path, rows: dict, seed: int) -> None:
     """
     for name, found in rows.items():
         if not found:
-            raise SystemExit(f"{out} holds no predictions of {name}: run without --score-only")
+            raise SystemExit(
+                f"{out} holds no predictions of {name}: run without --score-only"
+            )
     reports = {name: report.of_model(found, seed) for name, found in rows.items()}
     first, *others = rows
     for name in others:
@@ -179,7 +213,11 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
     size = "{} x {}".format(*open_image(config.image).size)
     model, processor = predictions.load_model(how, rt)
     question = build_question(config.question, config.choices)
-    job = predictions.JOB | {"image": config.image, "where": "--image", "question": question}
+    job = predictions.JOB | {
+        "image": config.image,
+        "where": "--image",
+        "question": question,
+    }
     [([row], _)] = predictions.respond(model, processor, [[job]], how)
     text = row["response"]
     chain = parse(text)
@@ -196,8 +234,12 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
         ("Y_d", "conclusion: what follows for the question", chain.conclusion),
         ("answer", "what is scored", scored),
     ):
-        print(f"{symbol:8s}{meaning}\n            {'(missing)' if content is None else content}")
-    form = "well formed" if is_well_formed(text) else f"not well formed; as written:\n{text}"
+        print(
+            f"{symbol:8s}{meaning}\n            {'(missing)' if content is None else content}"
+        )
+    form = (
+        "well formed" if is_well_formed(text) else f"not well formed; as written:\n{text}"
+    )
     print(f"\n{row['length']} tokens{', cut off' if row['truncated'] else ''}, {form}")
 
 

@@ -55,29 +55,51 @@ from rr1.runtime import opt
 @dataclass
 class Config(training.Options):
     # data
-    part: str = opt("rl", "the paper's 75 % for RL, its 25 % for SFT, or all", ["rl", "sft", "all"])
+    part: str = opt(
+        "rl", "the paper's 75 % for RL, its 25 % for SFT, or all", ["rl", "sft", "all"]
+    )
     # method
-    model: str = opt(tiny.SFT, "checkpoint folder or hub id to start from; the reference too")
+    model: str = opt(
+        tiny.SFT, "checkpoint folder or hub id to start from; the reference too"
+    )
     prompts: int = opt(16, "groups a step, over all processes", low=1)
     group_size: int = opt(8, "G, responses to each prompt (8 in the published run)", low=2)
     temperature: float = opt(1.0, "of sampling and of scoring alike", low=0.01)
-    rewards: list[str] = opt(["deg", "len"], f"{', '.join(rewards.REWARDS)}, or file.py:function")
-    reward_weights: list[float] = opt([], "one for each reward; empty: 1 each, Eq. (9)", low=-1e9)
+    rewards: list[str] = opt(
+        ["deg", "len"], f"{', '.join(rewards.REWARDS)}, or file.py:function"
+    )
+    reward_weights: list[float] = opt(
+        [], "one for each reward; empty: 1 each, Eq. (9)", low=-1e9
+    )
     scale_by_std: bool = opt(True, "divide by the group's standard deviation, Eq. (10)")
-    loss: str = opt("grpo", "mean over responses, as if all were longest, or tokens", grpo.LOSSES)
+    loss: str = opt(
+        "grpo", "mean over responses, as if all were longest, or tokens", grpo.LOSSES
+    )
     mask_truncated: bool = opt(False, "leave responses that were cut off out of the loss")
-    clip: float = opt(0.2, "clip the ratio below 1 - this and above 1 + this (0.2 as published)")
-    clip_high: float | None = opt(None, "another clip above 1 (clip-higher); default: --clip")
-    beta: float = opt(0.04, "weight of the KL to the reference (0.04 as published); 0: none kept")
+    clip: float = opt(
+        0.2, "clip the ratio below 1 - this and above 1 + this (0.2 as published)"
+    )
+    clip_high: float | None = opt(
+        None, "another clip above 1 (clip-higher); default: --clip"
+    )
+    beta: float = opt(
+        0.04, "weight of the KL to the reference (0.04 as published); 0: none kept"
+    )
     mu: int = opt(1, "optimizer steps on each rollout (1 in the published run)", low=1)
     # optimisation
-    steps: int = opt(100, "rollouts; one epoch of the released data: 469 at --prompts 16", low=1)
-    lr: float = opt(1e-4, "learning rate after warm-up (1e-6 in the published run of the 3B model)")
+    steps: int = opt(
+        100, "rollouts; one epoch of the released data: 469 at --prompts 16", low=1
+    )
+    lr: float = opt(
+        1e-4, "learning rate after warm-up (1e-6 in the published run of the 3B model)"
+    )
     warmup: int = opt(5, "steps of linear warm-up; a cosine down to a tenth follows")
     weight_decay: float = opt(0.0, "of AdamW, on matrices only")
     # machine
     out: str = opt("runs/grpo", "the run's folder")
-    seed: int = opt(0, "fixes the order of the records, what is sampled, all that is random")
+    seed: int = opt(
+        0, "fixes the order of the records, what is sampled, all that is random"
+    )
     save_every: int = opt(50, "steps between checkpoints")
 
 
@@ -148,13 +170,19 @@ def main(argv: list[str] | None = None) -> None:
                 groups.append(Group(record, prompt, rollouts, responses))
             for group in groups:
                 for y in group.responses:
-                    R, terms = rewards.composite(y, group.record, formula, config.reward_weights)
+                    R, terms = rewards.composite(
+                        y, group.record, formula, config.reward_weights
+                    )
                     group.rewards.append(R)
                     group.terms.append(terms)
-            R = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # (B, G)
+            R = torch.tensor(
+                [group.rewards for group in groups], dtype=torch.float64
+            )  # (B, G)
 
             # 3. advantage
-            A = grpo.group_advantages(R, config.scale_by_std).float().to(rt.device)  # (B, G)
+            A = (
+                grpo.group_advantages(R, config.scale_by_std).float().to(rt.device)
+            )  # (B, G)
             for group, advantages in zip(groups, A):
                 group.advantages = advantages
 
@@ -162,12 +190,16 @@ def main(argv: list[str] | None = None) -> None:
             size = config.micro_batch
             parts = [groups[i : i + size] for i in range(0, len(groups), size)]
             with torch.no_grad():
-                reference_logps = [score(reference, part)[0] for part in parts]  # (n G, L) each
+                reference_logps = [
+                    score(reference, part)[0] for part in parts
+                ]  # (n G, L) each
             timer.lap("score")
 
             # 5. update
             rate = config.lr * runtime.cosine_with_warmup(step, config.steps, config.warmup)
-            norm = update(config, rt, policy, optimizer, rate, score, parts, reference_logps, means)
+            norm = update(
+                config, rt, policy, optimizer, rate, score, parts, reference_logps, means
+            )
             timer.lap("update")
 
             # 6. log
@@ -202,7 +234,9 @@ def load_prompts(config: Config, processor, policy, chosen: list[dict]) -> data.
     return batch
 
 
-def load_step(config, rt: runtime.Runtime, processor, policy, found: records.Records, step: int):
+def load_step(
+    config, rt: runtime.Runtime, processor, policy, found: records.Records, step: int
+):
     """This process's share of a step: records, a seed for each, pictures and questions."""
     indices = data.batch_indices(len(found), config.prompts, step, config.seed)
     chosen, seeds = [], []
@@ -213,7 +247,9 @@ def load_step(config, rt: runtime.Runtime, processor, policy, found: records.Rec
     return chosen, seeds, load_prompts(config, processor, policy, chosen)
 
 
-def log_probabilities(config, rt, processor, model, groups: list[Group], with_entropy=False):
+def log_probabilities(
+    config, rt, processor, model, groups: list[Group], with_entropy=False
+):
     """Log-probabilities of the groups' responses, mask, entropies: (n G, L) each.
 
     All are None without a model. The mask leaves out what --mask-truncated does.
@@ -238,7 +274,9 @@ def log_probabilities(config, rt, processor, model, groups: list[Group], with_en
     return logps, mask, entropy
 
 
-def update(config, rt, policy, optimizer, rate, score, parts, reference_logps, means) -> float:
+def update(
+    config, rt, policy, optimizer, rate, score, parts, reference_logps, means
+) -> float:
     """mu optimizer steps on the groups, in parts; returns the norm of the last gradient."""
     rollouts = [r for part in parts for group in part for r in group.rollouts]
     kept = [len(r.ids) for r in rollouts if not (r.truncated and config.mask_truncated)]
@@ -268,7 +306,9 @@ def update(config, rt, policy, optimizer, rate, score, parts, reference_logps, m
                 max_length=config.max_new_tokens,
             )
             loss.backward()
-            means.add("loss", loss, count=len(part) / config.prompts)  # this share of the step's
+            means.add(
+                "loss", loss, count=len(part) / config.prompts
+            )  # this share of the step's
             tokens = sums.pop("tokens")
             means.add("entropy", entropy * mask, count=tokens)
             for name, total in sums.items():

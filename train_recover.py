@@ -52,37 +52,57 @@ class Config:
 
     # data
     data: str = opt("", "folder of clean photos; empty: the drawn world")
-    side: int | None = opt(None, "of the pictures, a multiple of 8; default: --model's", low=16)
+    side: int | None = opt(
+        None, "of the pictures, a multiple of 8; default: --model's", low=16
+    )
 
     # model and method
-    model: str = opt("", "restorer to start from; empty: a new one, for grpo the shipped one")
+    model: str = opt(
+        "", "restorer to start from; empty: a new one, for grpo the shipped one"
+    )
     loss: str = opt("v", "sft: of the velocity, or of eps as printed", list(flow.LOSSES))
-    shift: float = opt(30.0, "sft: times t -> s t / (1 + (s - 1) t), towards noise", low=0.01)
+    shift: float = opt(
+        30.0, "sft: times t -> s t / (1 + (s - 1) t), towards noise", low=0.01
+    )
     at_noise: float = opt(0.5, "sft: share of times that are 1: plain regression", high=1)
     group_size: int = opt(8, "grpo: G, recoveries of each picture", low=2)
     sampling_steps: int = opt(5, "grpo: steps of the sampler, at shifted times", low=2)
     noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))", low=0.01)
-    window: int = opt(4, "grpo: noise on this many steps in a row, drawn each rollout; 0: on all")
+    window: int = opt(
+        4, "grpo: noise on this many steps in a row, drawn each rollout; 0: on all"
+    )
     early: int = opt(4, "grpo: the window lies within the first this many")
     shuffle: bool = opt(False, "grpo: advantages change places, as a control")
     encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
-    reward_weights: list[float] = opt([rewards.PIX, rewards.SEM], "grpo: of R_pix and R_sem")
-    clip: float = opt(1e-3, "grpo: of the ratio, its log-probabilities averaged over dimensions")
+    reward_weights: list[float] = opt(
+        [rewards.PIX, rewards.SEM], "grpo: of R_pix and R_sem"
+    )
+    clip: float = opt(
+        1e-3, "grpo: of the ratio, its log-probabilities averaged over dimensions"
+    )
     beta: float = opt(0.004, "grpo: weight of the KL to the reference")
     mu: int = opt(1, "grpo: optimizer steps on each rollout", low=1)
 
     # optimisation
-    steps: int | None = opt(None, "optimizer steps, grpo: rollouts; default: 2400, grpo 80", low=1)
-    batch: int | None = opt(None, "pictures a step over all processes; default: 32, 8", low=1)
+    steps: int | None = opt(
+        None, "optimizer steps, grpo: rollouts; default: 2400, grpo 80", low=1
+    )
+    batch: int | None = opt(
+        None, "pictures a step over all processes; default: 32, 8", low=1
+    )
     lr: float | None = opt(None, "peak learning rate; default: 2.5e-3, grpo 1e-4")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down follows")
     weight_decay: float = opt(0.01, "of AdamW, on matrices and kernels only")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", low=1e-9)
-    seed: int = opt(0, "of the weights' start, the order of pictures, their damage and all noise")
+    seed: int = opt(
+        0, "of the weights' start, the order of pictures, their damage and all noise"
+    )
 
     # machine
     out: str = opt("", "the run's folder; default: runs/recover, grpo runs/recover-grpo")
-    save_every: int = opt(100, "steps between checkpoints, and between strips to look at", low=1)
+    save_every: int = opt(
+        100, "steps between checkpoints, and between strips to look at", low=1
+    )
     resume: bool = opt(False, "go on from the newest checkpoint in --out")
     tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
 
@@ -125,7 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     model = Restorer.from_pretrained(config.model) if config.model else Restorer()
     config.side = config.side or model.config["side"]
     if config.side % 8:
-        raise SystemExit(f"--side {config.side}: pictures are halved 3 times; give a multiple of 8")
+        raise SystemExit(
+            f"--side {config.side}: pictures are halved 3 times; give a multiple of 8"
+        )
     model.config["side"] = config.side
     with runtime.main_first(rt):
         source = pairs.load_source(config.data, config.side)
@@ -219,7 +241,9 @@ def fine_tune(
     losses = flow.LOSSES[config.loss](v.float(), z_0, eps, t)  # (n,)
     (losses.sum() / config.batch).backward()
     means.add("loss", losses)
-    rate = config.lr * runtime.cosine_with_warmup(step, config.steps, config.warmup, floor=0.02)
+    rate = config.lr * runtime.cosine_with_warmup(
+        step, config.steps, config.warmup, floor=0.02
+    )
     norm = runtime.update(optimizer, rt, rate, config.max_grad_norm)
     timer.lap("update")
     return means.over_ranks(rt) | {"grad_norm": norm, "lr": rate} | timer.seconds
@@ -259,7 +283,9 @@ def reinforce(
     # 2. reward
     target = clean.to(rt.device).repeat_interleave(G, 0)
     terms = rewards.terms((path.end + 1) / 2, target, encoder)  # (n,) each
-    weighted = [weight * term for weight, term in zip(config.reward_weights, terms.values())]
+    weighted = [
+        weight * term for weight, term in zip(config.reward_weights, terms.values())
+    ]
     R = sum(weighted).view(-1, G)
     spread = R.std(1, correction=0)  # (groups,)
     means.add("reward", R)

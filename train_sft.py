@@ -42,7 +42,9 @@ class Config(training.Options):
     part: str = opt(
         "sft", "the paper's 25 % for SFT, its 75 % for RL, or all", ["sft", "rl", "all"]
     )
-    plain: bool = opt(False, "no chains: a question and its answer (Table 3, w/o Reasoning)")
+    plain: bool = opt(
+        False, "no chains: a question and its answer (Table 3, w/o Reasoning)"
+    )
     # optimisation
     model: str = opt(tiny.BASE, "checkpoint folder or hub id to start from")
     steps: int = opt(
@@ -143,7 +145,9 @@ def check_record(config: Config, processor, model, record: dict) -> None:
         load_examples(config, processor, model, [record])
 
 
-def load_step(config, rt: runtime.Runtime, processor, model, found: records.Records, step: int):
+def load_step(
+    config, rt: runtime.Runtime, processor, model, found: records.Records, step: int
+):
     """This process's share of a step: pictures and questions, and the responses' tokens."""
     indices = data.batch_indices(len(found), config.batch, step, config.seed)
     chosen = [found[i] for i in indices[rt.rank :: rt.world_size]]
@@ -157,7 +161,9 @@ def load_examples(config: Config, processor, model, chosen: list[dict]):
     return batch, responses
 
 
-def micro_batches(batch: data.Batch, responses: list[list[int]], size: int) -> list[list[int]]:
+def micro_batches(
+    batch: data.Batch, responses: list[list[int]], size: int
+) -> list[list[int]]:
     """Which records go through the model together: alike in length, for less padding."""
 
     def length(i: int) -> int:

@@ -74,7 +74,9 @@ def main(argv=None) -> int:
             if other:
                 other_times.append(time_of(lambda: other(image=image)))
         ours.append(np.median(times[2:]))
-        beside = f"{np.median(other_times[2:]):8.2f}  {type(other).__name__}" if other else ""
+        beside = (
+            f"{np.median(other_times[2:]):8.2f}  {type(other).__name__}" if other else ""
+        )
         print(f"{name:24}{ours[-1]:8.2f}{beside}")
     mean, largest = np.mean(ours), np.max(ours)
     held = mean <= LARGEST_MEAN and largest <= LARGEST

@@ -95,11 +95,15 @@ PARTS = {
 @dataclass
 class Config:
     parts: list[str] = opt(list(PARTS), "which tables", list(PARTS))
-    sizes: str = opt("3b", "of the model: Qwen2.5-VL-3B's, or the tiny one's", ["3b", "tiny"])
+    sizes: str = opt(
+        "3b", "of the model: Qwen2.5-VL-3B's, or the tiny one's", ["3b", "tiny"]
+    )
     new_tokens: int = opt(256, "of each response")
     rounds: int = opt(3, "steps of each case that count")
     plain: bool = opt(False, "without rr1/fast.py")
-    tflops: float = opt(989.0, "dense bfloat16 of the GPU; this is that of an H100 SXM or H200")
+    tflops: float = opt(
+        989.0, "dense bfloat16 of the GPU; this is that of an H100 SXM or H200"
+    )
     out: str = opt("runs/bench-gpu", "folder for the report")
 
 
@@ -142,7 +146,9 @@ def make_prompts(policy, case: Case, copies: int) -> list[vlm.Prompt]:
     return [vlm.make_prompt(policy, ids, grid, [own]) for own in features]
 
 
-def step(models: Models, rt: runtime.Runtime, new_tokens: int, case: Case) -> dict[str, float]:
+def step(
+    models: Models, rt: runtime.Runtime, new_tokens: int, case: Case
+) -> dict[str, float]:
     """One group through the phases of train_grpo.py -> seconds of each, and the peak of memory in
     1e9 bytes."""
     policy, c = models.policy, models.policy.config
@@ -181,12 +187,16 @@ def step(models: Models, rt: runtime.Runtime, new_tokens: int, case: Case) -> di
     logps, mask, _ = score(policy, prompts, with_entropy=True)
     rewards = torch.arange(case.G, dtype=torch.float32)[None]
     A = grpo.group_advantages(rewards).flatten().to(rt.device)
-    loss, _ = grpo.policy_loss(logps, logps.detach(), A, mask, logp_ref=reference_logps, beta=0.04)
+    loss, _ = grpo.policy_loss(
+        logps, logps.detach(), A, mask, logp_ref=reference_logps, beta=0.04
+    )
     loss.backward()
     runtime.update(models.optimizer, rt, 1e-6, 1.0)
     lap("update")
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    seconds = {name.removeprefix("seconds/"): value for name, value in timer.seconds.items()}
+    seconds = {
+        name.removeprefix("seconds/"): value for name, value in timer.seconds.items()
+    }
     seconds["step"] = sum(seconds.values())
     return seconds | {"peak": peak / 1e9, "prompt": len(prompts[0].ids)}
 
@@ -209,7 +219,9 @@ def measure(models: Models, rt: runtime.Runtime, config: Config, case: Case) -> 
     try:
         if case.whole_logits:
             vlm.LOGITS_AT_ONCE = 2**62
-        found = [step(models, rt, config.new_tokens, case) for _ in range(config.rounds + 1)]
+        found = [
+            step(models, rt, config.new_tokens, case) for _ in range(config.rounds + 1)
+        ]
     except torch.OutOfMemoryError:
         return None
     except Exception as error:  # the other cases are worth having

@@ -34,7 +34,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+)
 
 import train_grpo
 from rr1 import data, fast, rollout, run_folder, runtime, tiny, vlm
@@ -83,7 +85,9 @@ CONFIGURATIONS = {
 
 @dataclass
 class Config:
-    configurations: list[str] = opt(list(CONFIGURATIONS), "what to measure", list(CONFIGURATIONS))
+    configurations: list[str] = opt(
+        list(CONFIGURATIONS), "what to measure", list(CONFIGURATIONS)
+    )
     rounds: int = opt(5, "turns of each that count; one more warms up")
     threads: int = opt(1, "of each process")
     out: str = opt("runs/bench-grpo", "folder for the inputs and the report")
@@ -131,7 +135,9 @@ def write_inputs(folder: Path, c: Setting, steps: int) -> None:
     for i in range(steps * c.groups):
         noise = rng.integers(0, 256, (c.height, c.width, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
-        lines.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+        lines.append(
+            {"id": str(i), "image": f"{i}.png", "length": 60, "conversations": turns}
+        )
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -162,7 +168,9 @@ class Counts(Counter):
                 self[f"tokens projected, {self.phase}"] += hidden.shape[:-1].numel()
 
         def preprocess(this, images, *_, **__):
-            self["images preprocessed"] += len(images) if isinstance(images, (list, tuple)) else 1
+            self["images preprocessed"] += (
+                len(images) if isinstance(images, (list, tuple)) else 1
+            )
 
         before(modeling.Qwen2_5_VisionTransformerPretrainedModel, "forward", tower)
         before(modeling.Qwen2_5_VLTextModel, "forward", language)
@@ -229,7 +237,9 @@ def run_ours(kind: str, folder: Path, c: Setting, steps: int, counts: Counts) ->
     options = f"--part all --prompts {c.groups} --group-size {c.G} --max-new-tokens {c.new}".split()
     options += f"--steps {steps} --save-every 1000000 --lr 1e-4".split()
     model, records, out = folder / "model", folder / "train.jsonl", folder / kind
-    train_grpo.main(["--model", f"{model}", "--data", f"{records}", "--out", f"{out}", *options])
+    train_grpo.main(
+        ["--model", f"{model}", "--data", f"{records}", "--out", f"{out}", *options]
+    )
 
 
 # ---------------------------------------------------------------- taking turns
@@ -285,7 +295,9 @@ def report(name: str, steps: dict[str, list[dict]]) -> str:
     """Medians over turns of the seconds and of the ratios to the peer's; counts of a step."""
     rows = []
     for key in ("step", *PHASES):
-        seconds = [[step["seconds"][key] for step in steps[kind]] for kind in KINDS]  # by turn
+        seconds = [
+            [step["seconds"][key] for step in steps[kind]] for kind in KINDS
+        ]  # by turn
         ratios = [np.divide(seconds[-1], own) for own in seconds[:-1]]
         cells = [f"{statistics.median(values):.2f}" for values in [*seconds, *ratios]]
         rows.append([f"seconds, {key}", *cells])

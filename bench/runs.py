@@ -54,10 +54,14 @@ def run_one(out: Path, environment: dict[str, str], task: tuple[str, list]) -> N
     print(f"{name}: {script} runs, see {log}", flush=True)
     command = [sys.executable, str(ROOT / script), *map(str, options)]
     with open(log, "ab") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     if done.returncode:
         end = log.read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{name} failed with status {done.returncode}; the end of {log}:\n{end}")
+        raise SystemExit(
+            f"{name} failed with status {done.returncode}; the end of {log}:\n{end}"
+        )
     print(f"{name}: done", flush=True)
 
 
@@ -77,7 +81,9 @@ def seconds(folder: Path) -> list[float]:
     """What each step of a run took."""
     steps = []
     for row in read_lines(folder / "metrics.jsonl"):
-        steps.append(sum(value for name, value in row.items() if name.startswith("seconds")))
+        steps.append(
+            sum(value for name, value in row.items() if name.startswith("seconds"))
+        )
     return steps
 
 

@@ -44,16 +44,22 @@ class WithoutVideo(ProcessorMixin):
             for group in images:
                 flat += group if isinstance(group, (list, tuple)) else [group]
             seen = dict(self.image_processor(images=flat, return_tensors="pt"))
-            counts = iter((seen["image_grid_thw"].prod(-1) // 4).tolist())  # 2 x 2 patches a token
+            counts = iter(
+                (seen["image_grid_thw"].prod(-1) // 4).tolist()
+            )  # 2 x 2 patches a token
             for i, line in enumerate(texts):
                 first, *rest = line.split(PLACEHOLDER)
-                texts[i] = first + "".join(PLACEHOLDER * next(counts) + piece for piece in rest)
+                texts[i] = first + "".join(
+                    PLACEHOLDER * next(counts) + piece for piece in rest
+                )
         tokens = self.tokenizer(
             texts, padding=padding, return_tensors=return_tensors, add_special_tokens=False
         )
         tokens.pop("token_type_ids", None)
         if images is not None:
-            rows = [[int(i == self.image_token_id) for i in row] for row in tokens["input_ids"]]
+            rows = [
+                [int(i == self.image_token_id) for i in row] for row in tokens["input_ids"]
+            ]
             is_tensor = torch.is_tensor(tokens["input_ids"])
             tokens["mm_token_type_ids"] = torch.tensor(rows) if is_tensor else rows
         return BatchFeature(dict(tokens) | seen)

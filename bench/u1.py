@@ -41,7 +41,9 @@ from rr1.u1 import pairs, report, rewards
 from rr1.u1.restorer import Restorer, recover, to_tensor
 from runs import begin, read_rows, run_all, same_records, seconds, train
 
-CONTROL_LR = 6e-4  # a quarter of stage I's: this is a second round, from the first one's end
+CONTROL_LR = (
+    6e-4  # a quarter of stage I's: this is a second round, from the first one's end
+)
 LEVELS = [name for name in metrics.LEVELS if name != "none"]
 LARGE_LR = 1e-3  # of the second round at the scenes' own side
 LAWS = {
@@ -69,7 +71,9 @@ TRAINED = {"both": "cr", "chain": "c", "chain-twice": "cc", "chain-both": "cr"}
 @dataclass
 class Config:
     parts: list[str] = opt(["recover", "reason"], "tables to make", ["recover", "reason"])
-    model: str = opt(tiny.RESTORER, "recover: the restorer after stage I that all start from")
+    model: str = opt(
+        tiny.RESTORER, "recover: the restorer after stage I that all start from"
+    )
     seeds: list[int] = opt([0, 1, 2], "of Flow-GRPO and its controls; of the fine-tunings")
     grpo: str = opt("", 'recover: more options for train_recover.py, as --grpo="--lr 1e-5"')
     sft: str = opt("", "recover: the same, for stage I")
@@ -146,7 +150,9 @@ def compare_recoveries(config: Config, out: Path) -> str:
 
 def control_steps(out: Path, seed: int) -> int:
     """Steps of stage I that take as long as the Flow-GRPO run's steps did."""
-    a_step = statistics.median(seconds(out / f"probe-{seed}")[2:])  # the first ones are slower
+    a_step = statistics.median(
+        seconds(out / f"probe-{seed}")[2:]
+    )  # the first ones are slower
     return max(1, round(sum(seconds(out / f"stage-2-{seed}")) / a_step))
 
 
@@ -200,7 +206,13 @@ def compare_answers(config: Config, out: Path) -> str:
     tasks = {}
     for seed in config.seeds:
         for name, kind in TRAINED.items():
-            ask = ["train_sft.py", "--data", write_shown(out, "train", kind), "--part", "all"]
+            ask = [
+                "train_sft.py",
+                "--data",
+                write_shown(out, "train", kind),
+                "--part",
+                "all",
+            ]
             ask += ["--seed", seed]
             tasks[f"{name}-{seed}"] = ask if name.startswith("chain") else [*ask, "--plain"]
     train(config, tasks)
@@ -208,7 +220,9 @@ def compare_answers(config: Config, out: Path) -> str:
     # 3. answer the held-out records, and compare
     tables = []
     for seed in config.seeds:
-        folders = {name: out / f"{model}-{seed}" / "model" for name, (_, _, model) in ROWS.items()}
+        folders = {
+            name: out / f"{model}-{seed}" / "model" for name, (_, _, model) in ROWS.items()
+        }
         rows = answers(config, out / f"eval-{seed}", folders)
         tables.append(f"Seed {seed}:\n\n{answer_tables(rows)}")
     return "\n\n".join(tables)
@@ -220,7 +234,11 @@ def answers(config: Config, out: Path, folders: dict[str, Path]) -> dict[str, li
     for name, (_, kind, model) in ROWS.items():
         shown = write_shown(Path(config.out), "test", kind)
         ask = ["evaluate.py", "--data", shown, "--limit", config.limit, "--out", out / name]
-        ask += ["--models", f"{name}={folders[name] if model else tiny.BASE}", "--no-table-2"]
+        ask += [
+            "--models",
+            f"{name}={folders[name] if model else tiny.BASE}",
+            "--no-table-2",
+        ]
         plain = [] if name.startswith("chain") else ["--plain", name]
         tasks[f"{out.name}-{name}"] = [*ask, *plain]
     run_all(config, tasks)
@@ -241,7 +259,9 @@ def added_logits(rows: list[dict], out: Path) -> list[dict]:
             total = torch.zeros(len(options))
             for found in shown:
                 batch = data.load_batch([found[int(row["key"])]], processor, plain=True)
-                logps, mask, _ = vlm.group_logps(model, data.encode(model, batch), [options])
+                logps, mask, _ = vlm.group_logps(
+                    model, data.encode(model, batch), [options]
+                )
                 total += (logps * mask).sum(1)
             row = metrics.judge(row | {"response": row["choices"][int(total.argmax())]})
         chosen.append(row)

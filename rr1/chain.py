@@ -47,14 +47,18 @@ class Chain:
         self.degradations = [_normalised(*instance) for instance in self.degradations or []]
         if len(self.degradations) > MAX_INSTANCES:
             count = len(self.degradations)
-            raise ValueError(f"{count} degradations in a chain; expected at most {MAX_INSTANCES}")
+            raise ValueError(
+                f"{count} degradations in a chain; expected at most {MAX_INSTANCES}"
+            )
         for name in ("influence", "reasoning", "conclusion", "answer"):
             text = getattr(self, name)
             if text is None:
                 continue
             text = str(text).strip()  # str: the answer may come as a choice's index
             if tag := _first_tag(text):
-                raise ValueError(f"the {name} contains the tag {tag}, which is not text: remove it")
+                raise ValueError(
+                    f"the {name} contains the tag {tag}, which is not text: remove it"
+                )
             setattr(self, name, text)
 
 
@@ -150,9 +154,13 @@ def _instance(text: str) -> Degradation | None:
 def _normalised(type: str, intensity: float) -> Degradation:
     name, s = " ".join(type.lower().split()), float(intensity)
     if not name or any(mark in name for mark in "(),"):
-        raise ValueError(f"type name {type!r} could not be read back: it is empty or has '(),'")
+        raise ValueError(
+            f"type name {type!r} could not be read back: it is empty or has '(),'"
+        )
     if not math.isfinite(s):
-        raise ValueError(f"intensity of {name} is {s}: expected a finite number, best in [0, 1]")
+        raise ValueError(
+            f"intensity of {name} is {s}: expected a finite number, best in [0, 1]"
+        )
     if 0 <= s <= 1:
         s = round(s, 2) + 0.0  # no minus zero
     return Degradation(_known(name) or name, s)
@@ -187,4 +195,6 @@ def _listed(body: str) -> list[Degradation] | None:
 
 def _well_formed_types(body: str) -> bool:
     instances = _listed(body)
-    return instances is not None and all(0 <= s <= 1 and _known(tau) for tau, s in instances)
+    return instances is not None and all(
+        0 <= s <= 1 and _known(tau) for tau, s in instances
+    )

@@ -77,7 +77,9 @@ class ChatClient:
         self._openai = openai
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise SystemExit("OPENAI_API_KEY holds characters that no key has: copy it once more")
+            raise SystemExit(
+                "OPENAI_API_KEY holds characters that no key has: copy it once more"
+            )
         if not self._key and not base_url:
             advice = "put your key into OPENAI_API_KEY, or name a server of your own"
             raise SystemExit(f"{flag} {model}: {advice}")
@@ -158,7 +160,9 @@ class ChatClient:
     def _after(self, response: Any) -> None:
         """Called when a response begins to arrive."""
         if response.status_code >= 500 or response.status_code in BUSY:
-            self._say(f"HTTP {response.status_code} from the server{wait_asked_for(response)}")
+            self._say(
+                f"HTTP {response.status_code} from the server{wait_asked_for(response)}"
+            )
 
     def _say(self, line: str) -> None:
         """Print why it takes long, now and then."""

@@ -51,10 +51,14 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> list[int]:
     It depends on nothing but its arguments, so a resumed run goes on where it stopped.
     """
     if n < 1:
-        raise DataError("no records to train on: give data with more in this share, or --part all")
+        raise DataError(
+            "no records to train on: give data with more in this share, or --part all"
+        )
     places = range(step * size, (step + 1) * size)
     epochs = {place // n for place in places}
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs
+    }
     return [int(orders[place // n][place % n]) for place in places]
 
 
@@ -90,7 +94,10 @@ def open_pictures(
 
 
 def usable(
-    records: Records, check: Callable[[dict], Any], rt: runtime.Runtime, out: Path | None = None
+    records: Records,
+    check: Callable[[dict], Any],
+    rt: runtime.Runtime,
+    out: Path | None = None,
 ) -> Records:
     """The records that `check` accepts, each tried once; it raises DataError for a bad one.
 
@@ -124,8 +131,12 @@ def usable(
     skipped = json.loads(path.read_text(encoding="utf-8"))
     reasons = [*skipped["lines"], *skipped["records"].values()]
     if rt.is_main and reasons:
-        print(f"{len(reasons)} bad records are left out ({path}):", *reasons[:10], sep="\n  ")
-    return records.only([i for i in range(len(records)) if str(i) not in skipped["records"]])
+        print(
+            f"{len(reasons)} bad records are left out ({path}):", *reasons[:10], sep="\n  "
+        )
+    return records.only(
+        [i for i in range(len(records)) if str(i) not in skipped["records"]]
+    )
 
 
 def response_ids(record: dict, processor: Processor, plain: bool = False) -> list[int]:
@@ -135,7 +146,9 @@ def response_ids(record: dict, processor: Processor, plain: bool = False) -> lis
     """
     text = short_answer(record) if plain else record["response"]
     if not text:
-        missing = 'answer ("answer", or an ANSWER section)' if plain else "chain (a gpt turn)"
+        missing = (
+            'answer ("answer", or an ANSWER section)' if plain else "chain (a gpt turn)"
+        )
         raise DataError(f"{record['where']}: there is no {missing} to train on")
     with named(record["where"]):  # it may spell <|image_pad|>
         return processor.response_ids(text)
@@ -187,7 +200,10 @@ def collate(texts: Sequence[str], images: Sequence, processor: Processor) -> Bat
 
 
 def load_batch(
-    records: Sequence[dict], processor: Processor, max_image_tokens: int = 0, plain: bool = False
+    records: Sequence[dict],
+    processor: Processor,
+    max_image_tokens: int = 0,
+    plain: bool = False,
 ) -> Batch:
     """The prompts of Eq. (1): pictures, question, and, unless `plain`, a request for the chain."""
     images = [open_pictures(r, processor, max_image_tokens) for r in records]
@@ -195,13 +211,17 @@ def load_batch(
     return collate(texts, images, processor)
 
 
-def check_room(model, records: Sequence[dict], batch: Batch, lengths: Iterable[int]) -> None:
+def check_room(
+    model, records: Sequence[dict], batch: Batch, lengths: Iterable[int]
+) -> None:
     """DataError where a prompt and a response of so many tokens exceed the model's positions."""
     positions = model.config.text_config.max_position_embeddings
     for record, ids, length in zip(records, batch.ids, lengths, strict=True):
         if len(ids) + length > positions:
             tokens = f"{len(ids)} tokens of prompt and {length} of response"
-            raise DataError(f"{record['where']}: {tokens}, more than the model's {positions}")
+            raise DataError(
+                f"{record['where']}: {tokens}, more than the model's {positions}"
+            )
 
 
 def encode(model, batch: Batch) -> list[Prompt]:
@@ -248,7 +268,9 @@ def _by_processes(make, steps, workers):
         except Exception as error:  # it goes back as it is, its message whole
             return step, None, error
 
-    cv2.setNumThreads(1)  # a worker that sets it would wait for threads that were not forked
+    cv2.setNumThreads(
+        1
+    )  # a worker that sets it would wait for threads that were not forked
     loader = DataLoader(
         list(steps),
         batch_size=None,

@@ -111,7 +111,9 @@ def branch_attention(
     _, heads, _, size = query.shape
     shared = key.shape[1]
 
-    def by_column(x: Tensor) -> Tensor:  # (.., heads, columns, size) -> (all columns, heads, size)
+    def by_column(
+        x: Tensor,
+    ) -> Tensor:  # (.., heads, columns, size) -> (all columns, heads, size)
         return x.transpose(1, 2).flatten(0, 1)
 
     def of_responses(x: Tensor) -> Tensor:  # (B, heads, N, size) -> (R, heads, L, size)
@@ -129,7 +131,9 @@ def branch_attention(
         enable_gqa=True,
     )
     # 2. the responses, each at its prompt and itself; heads that share keys: rows of one product
-    keys = torch.cat([prompt_key[packed.row], of_responses(key)], dim=2)  # (R, shared, P + L, size)
+    keys = torch.cat(
+        [prompt_key[packed.row], of_responses(key)], dim=2
+    )  # (R, shared, P + L, size)
     values = torch.cat([prompt_value[packed.row], of_responses(value)], dim=2)
     mixed = F.scaled_dot_product_attention(
         of_responses(query).reshape(R, shared, -1, size),
@@ -224,7 +228,9 @@ def decoding_step(
         queries = attention.q_proj(h).view(by_head).transpose(1, 2)  # (B, heads, q, size)
         keys = attention.k_proj(h).view(by_head).transpose(1, 2)  # (B, shared, q, size)
         values = attention.v_proj(h).view(by_head).transpose(1, 2)
-        keys, values = columns.update(rotate(keys, cos, sin), values)  # (B, shared, n, size)
+        keys, values = columns.update(
+            rotate(keys, cos, sin), values
+        )  # (B, shared, n, size)
         mixed = F.scaled_dot_product_attention(
             rotate(queries, cos, sin).reshape(B, shared, -1, attention.head_dim),
             keys,

@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 
 LOSSES = ("grpo", "dr_grpo", "dapo")
-LARGEST_EXPONENT = 20.0  # exp of it is 5e8: far beyond any clip, far below what float32 holds
+LARGEST_EXPONENT = (
+    20.0  # exp of it is 5e8: far beyond any clip, far below what float32 holds
+)
 
 
-def group_advantages(rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor, scale_by_std: bool = True, eps: float = 1e-4
+) -> Tensor:
     """Eq. 10-11: A = (R - mu_R) / sigma_R within each group; (B, G) -> (B, G).
 
     sigma_R is the population standard deviation (1/G, as printed), plus `eps`. A group of equal
     rewards, or of one response, gets exactly 0. Dr. GRPO does not divide: `scale_by_std=False`.
     """
     if rewards.ndim != 2:
-        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; expected (B prompts, G each)")
-    rewards = rewards - rewards[:, :1]  # so that equal rewards give 0, and not rounding / eps
+        raise ValueError(
+            f"rewards have shape {tuple(rewards.shape)}; expected (B prompts, G each)"
+        )
+    rewards = (
+        rewards - rewards[:, :1]
+    )  # so that equal rewards give 0, and not rounding / eps
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_by_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
@@ -102,7 +110,9 @@ def policy_loss(
         raise ValueError(f"beta is {beta}, and the KL term needs logp_ref")
     if not logp.shape == logp_old.shape == mask.shape or advantages.shape != logp.shape[:1]:
         got = [tuple(t.shape) for t in (logp, logp_old, mask, advantages)]
-        raise ValueError(f"expected logp, logp_old, mask (N, L), advantages (N,); got shapes {got}")
+        raise ValueError(
+            f"expected logp, logp_old, mask (N, L), advantages (N,); got shapes {got}"
+        )
     mask = mask.bool()
     A = advantages.detach()[:, None]  # (N, 1)
     high = clip if clip_high is None else clip_high

@@ -18,7 +18,9 @@ class Rows(Sequence):
         try:
             import datasets
         except ImportError:
-            raise SystemExit(f"--data {path}: reading this needs `pip install datasets`") from None
+            raise SystemExit(
+                f"--data {path}: reading this needs `pip install datasets`"
+            ) from None
         try:
             if path.is_file():
                 found = datasets.load_dataset("parquet", data_files=str(path))
@@ -27,7 +29,9 @@ class Rows(Sequence):
             else:
                 found = datasets.load_dataset(str(path))
         except Exception as error:  # `datasets` has many
-            raise SystemExit(f"--data {path}: cannot be read as a data set: {error}") from None
+            raise SystemExit(
+                f"--data {path}: cannot be read as a data set: {error}"
+            ) from None
         if isinstance(found, dict):
             found = found.get("train") or next(iter(found.values()))
         self.table = found.with_format("arrow")  # pictures stay as they are: bytes and path

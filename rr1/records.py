@@ -40,7 +40,13 @@ from degrade import Degradation
 from rr1.chain import IMAGE, Chain, build_question, parse, render, stated_types
 from rr1.parquet import Rows
 
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+ROLES = {
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "system": "system",
+}
 MARKS_IN_FRONT = re.compile(rf"(\s*{IMAGE})*")
 
 
@@ -62,7 +68,9 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 size = f"{image.width} x {image.height} pixels"
-                raise ValueError(f"{size}, more than {Image.MAX_IMAGE_PIXELS}: make it smaller")
+                raise ValueError(
+                    f"{size}, more than {Image.MAX_IMAGE_PIXELS}: make it smaller"
+                )
             return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:  # a broken file can fail in any place of any decoder
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
@@ -72,7 +80,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """16 bits: the upper 8, as OpenCV takes them. Floats: of their range, 0 to 1, 255 or 65535."""
     if image.mode == "F":
         values = np.asarray(image)
-        largest = next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
+        largest = next(
+            (top for top in (1, 255, 65535) if values.max() <= top), values.max()
+        )
         return Image.fromarray((values.clip(0) * (255 / largest)).round().astype(np.uint8))
     if image.mode.startswith("I"):  # I;16, I;16B, or 16 bits in an I of 32
         return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
@@ -98,7 +108,9 @@ def read(
         raise SystemExit(f"--data {path}: no such file. {advice}")
     records = Records(path, Path(image_folder or path.parent))
     quiet = None if os.environ.get("RANK", "0") == "0" else True
-    for number, item in enumerate(tqdm(records.items, path.name, delay=2, disable=quiet), start=1):
+    for number, item in enumerate(
+        tqdm(records.items, path.name, delay=2, disable=quiet), start=1
+    ):
         if isinstance(item, bytes) and item.isspace():
             continue
         try:
@@ -152,7 +164,9 @@ class Records(Sequence):
             if self.items[0].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 with named(path):
                     self.items = _json(path.read_bytes())
-        self.numbers = array("q")  # of each record: its line, or its place in the list, from 1
+        self.numbers = array(
+            "q"
+        )  # of each record: its line, or its place in the list, from 1
         self.ids: list[str] = []
         self.bad: list[str] = []
 
@@ -168,7 +182,11 @@ class Records(Sequence):
             chain = Chain(record["degradations"])
         else:
             chain = parse(record["response"])
-        known = {"choices": None, "answer": chain.answer, "degradations": chain.degradations}
+        known = {
+            "choices": None,
+            "answer": chain.answer,
+            "degradations": chain.degradations,
+        }
         return known | record | {"chain": chain}
 
     def only(self, indices: Sequence[int]) -> Records:
@@ -228,11 +246,15 @@ def check_truth(record: dict, rewards: Sequence[str]) -> None:
     with named(record["where"]):
         if damage and response and stated is None and not known:
             expected = '<TYPE>noise(0.20)<TYPE_END> in the true chain, or "degradations"'
-            raise ValueError(f"what damaged the picture cannot be read; expected {expected}")
+            raise ValueError(
+                f"what damaged the picture cannot be read; expected {expected}"
+            )
         if damage and not all(0 <= s <= 1 for _, s in known):
             raise ValueError(f"the true damage is {known}; expected intensities in [0, 1]")
         if damage and stated is not None and not _agree(stated, known):
-            raise ValueError(f'the true chain says {stated}, "degradations" {known}: correct one')
+            raise ValueError(
+                f'the true chain says {stated}, "degradations" {known}: correct one'
+            )
         if "len" in rewards and not (isinstance(length, int) and length >= 1):
             expected = 'a true chain, or "length", its tokens by Eq. 7'
             raise ValueError(f"the length to aim for is {length}; expected {expected}")
@@ -241,7 +263,9 @@ def check_truth(record: dict, rewards: Sequence[str]) -> None:
 def _agree(a, b) -> bool:
     """Whether two lists of degradations are the same, up to their two decimals."""
     pairs = zip(sorted(a), sorted(b))
-    return len(a) == len(b) and all(x == y and abs(s - t) < 0.015 for (x, s), (y, t) in pairs)
+    return len(a) == len(b) and all(
+        x == y and abs(s - t) < 0.015 for (x, s), (y, t) in pairs
+    )
 
 
 # ---------------------------------------------------------------- from JSON to a record
@@ -272,7 +296,9 @@ def _normal(raw: Any, folder: Path) -> dict:
         raise ValueError(f"choices is {raw['choices']!r}; expected a list of texts")
     raw["question"] = _without_marks(raw["question"], len(paths))
     if "_pad|>" in raw["question"] + (raw["response"] or ""):
-        raise ValueError("a turn spells a token such as <|image_pad|>, which stands for a picture")
+        raise ValueError(
+            "a turn spells a token such as <|image_pad|>, which stands for a picture"
+        )
     if "degradations" in raw:
         raw["degradations"] = _degradations(raw["degradations"])
     return raw
@@ -284,7 +310,9 @@ real_folder = lru_cache(os.path.realpath)
 def inside(folder: Path, path: Any) -> str:
     """The full path of a picture, which may not leave the folder: by `..`, or over a link."""
     if not isinstance(path, str):
-        raise ValueError(f"image is {path!r}; expected one path in the image folder, or several")
+        raise ValueError(
+            f"image is {path!r}; expected one path in the image folder, or several"
+        )
     root, full = real_folder(folder), os.path.realpath(os.path.join(folder, path))
     if os.path.commonpath([root, full]) != root:
         problem = f"image {path!r} leads to {full}, out of the image folder {root}"

@@ -125,7 +125,11 @@ def r_deg_released(predicted: Instances, truth: Instances) -> float:
     return total - len(missed)
 
 
-READINGS = {"matched": r_deg_matched, "pairwise": r_deg_pairwise, "released": r_deg_released}
+READINGS = {
+    "matched": r_deg_matched,
+    "pairwise": r_deg_pairwise,
+    "released": r_deg_released,
+}
 
 
 def r_deg(predicted: Instances, truth: Instances, reading: str = "matched") -> float:
@@ -135,7 +139,9 @@ def r_deg(predicted: Instances, truth: Instances, reading: str = "matched") -> f
     true is 0 in each reading (a key of READINGS). ValueError for another one.
     """
     if reading not in READINGS:
-        raise ValueError(f"unknown reading of Eq. 6 {reading!r}; there are {', '.join(READINGS)}")
+        raise ValueError(
+            f"unknown reading of Eq. 6 {reading!r}; there are {', '.join(READINGS)}"
+        )
     return READINGS[reading](predicted, truth)
 
 
@@ -162,7 +168,11 @@ def accuracy(response: Response, record: dict) -> float:
     `wagons`, `1. wagons`), tried in that order; without, the texts must be equal. Everything
     else, a record without an answer too, earns 0.0.
     """
-    answer, truth, choices = response.chain.answer, record.get("answer"), record.get("choices")
+    answer, truth, choices = (
+        response.chain.answer,
+        record.get("answer"),
+        record.get("choices"),
+    )
     if not answer or truth is None:
         return 0.0
     right = choice_index(truth, choices) if choices else None
@@ -213,21 +223,27 @@ def composite(
     """
     weights = weights or [1.0] * len(rewards)
     if len(weights) != len(rewards):
-        raise ValueError(f"{len(weights)} weights for {len(rewards)} rewards: give one for each")
+        raise ValueError(
+            f"{len(weights)} weights for {len(rewards)} rewards: give one for each"
+        )
     values = {}
     for name, reward in rewards.items():
         where = f"reward {name!r} on record {record.get('id')!r}"
         try:
             value = reward(response, record)
         except Exception as error:
-            raise RuntimeError(f"{where} failed: {type(error).__name__}: {error}") from error
+            raise RuntimeError(
+                f"{where} failed: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:
             raise ValueError(f"{where} returned {value!r}; expected a finite number")
         values[name] = float(value)
     total = sum(weight * value for weight, value in zip(weights, values.values()))
     if not abs(total) <= LARGEST:
         where = f"record {record.get('id')!r}"
-        raise ValueError(f"the rewards of {where} sum to {total}; see --reward-weights {weights}")
+        raise ValueError(
+            f"the rewards of {where} sum to {total}; see --reward-weights {weights}"
+        )
     return float(total), values
 
 
@@ -256,7 +272,9 @@ def _load(name: str) -> Reward:
     try:
         inspect.signature(reward).bind("response", "record")
     except TypeError as error:
-        raise ValueError(f"{name!r} must be a function of (response, record): {error}") from None
+        raise ValueError(
+            f"{name!r} must be a function of (response, record): {error}"
+        ) from None
     return reward
 
 

@@ -24,7 +24,9 @@ from transformers import Cache, DynamicCache
 
 from rr1.vlm import NOBODY, PROMPT, Prompt, embed, scale_logits
 
-SHRINK_AT = 0.75  # what has ended leaves once the batch without it is smaller than this share
+SHRINK_AT = (
+    0.75  # what has ended leaves once the batch without it is smaller than this share
+)
 
 
 @dataclass
@@ -113,13 +115,17 @@ def prefill(model, prompts: Sequence[Prompt], cache: Cache) -> tuple[Tensor, Ten
     first tokens, and the owners (B, P) of the columns."""
 
     def left_pad(rows: list[Tensor], value: int = 0) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_side="left", padding_value=value)
+        return pad_sequence(
+            rows, batch_first=True, padding_side="left", padding_value=value
+        )
 
     ids = left_pad([p.ids for p in prompts])  # (B, P)
     owner = left_pad([torch.full_like(p.ids, PROMPT) for p in prompts], NOBODY)
     out = model.model.language_model(
         inputs_embeds=embed(model, ids, torch.cat([p.features for p in prompts])),
-        position_ids=left_pad([p.positions.T for p in prompts]).permute(2, 0, 1),  # (3, B, P)
+        position_ids=left_pad([p.positions.T for p in prompts]).permute(
+            2, 0, 1
+        ),  # (3, B, P)
         attention_mask=owner == PROMPT,
         past_key_values=cache,
         use_cache=True,
@@ -143,7 +149,9 @@ def pick(logps: Tensor, u: Tensor) -> Tensor:
     probability exceeds u."""
     cumulative = logps.exp().cumsum(-1)
     total = cumulative[..., -1]
-    below_total = total.nextafter(torch.zeros_like(total))  # not past the last possible token
+    below_total = total.nextafter(
+        torch.zeros_like(total)
+    )  # not past the last possible token
     threshold = torch.minimum(u * total, below_total)
     return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
 

@@ -33,7 +33,11 @@ from rr1 import files, runtime, shard
 from rr1.runtime import Runtime, barrier, random_states, set_random_states, updates_of
 
 SKIPPED = 3  # so many steps in a row without a finite gradient end a run
-FREE = {"out", "resume", "steps"}  # options that may differ when a run goes on; scripts add theirs
+FREE = {
+    "out",
+    "resume",
+    "steps",
+}  # options that may differ when a run goes on; scripts add theirs
 
 
 @dataclass
@@ -76,7 +80,9 @@ class RunFolder:
 
     def _check(self) -> None:
         """SystemExit where this run cannot use this folder."""
-        if not (self.out / "metrics.jsonl").exists():  # a start that failed before its first step
+        if not (
+            self.out / "metrics.jsonl"
+        ).exists():  # a start that failed before its first step
             (self.out / "skipped.json").unlink(missing_ok=True)
             return
         if not self.config.resume:
@@ -105,7 +111,9 @@ class RunFolder:
         files.append_lines(self.out / "metrics.jsonl", self.rows[-1:])
         self.say(line)  # what is said to be done is on disk
         if self.tracker:
-            self._track = self._track or open_tracker(self.tracker, self.out, self.settings, step)
+            self._track = self._track or open_tracker(
+                self.tracker, self.out, self.settings, step
+            )
             self._track(values, step)
         if time.monotonic() - self._drawn > 60:
             self.draw()
@@ -113,7 +121,9 @@ class RunFolder:
     def dump(self, step: int, rows: Iterable[Mapping]) -> None:
         """Append rows (of rank 0) to rollouts.jsonl."""
         if self.rt.is_main:
-            files.append_lines(self.out / "rollouts.jsonl", [{"step": step, **row} for row in rows])
+            files.append_lines(
+                self.out / "rollouts.jsonl", [{"step": step, **row} for row in rows]
+            )
 
     def draw(self) -> None:
         """Write curves.png now."""
@@ -161,14 +171,20 @@ class RunFolder:
             yield
         except Exception as error:
             step, updates, states = self.done
-            between = updates == updates_of(optimizer)  # the weights are those of a whole step
+            between = updates == updates_of(
+                optimizer
+            )  # the weights are those of a whole step
             alone = self.rt.is_main and not isinstance(model, shard.FSDPModule)
             if between and step and alone:
                 self.rt = Runtime(device=self.rt.device)
                 set_random_states(states, self.rt)
                 self.save(step, model, processor, optimizer)
             found = checkpoints(self.out)
-            kept = f"--resume goes on from {found[-1].name}" if found else "nothing was saved yet"
+            kept = (
+                f"--resume goes on from {found[-1].name}"
+                if found
+                else "nothing was saved yet"
+            )
             self.say(f"{type(error).__name__} in step {step + 1}: {kept}")
             raise
 
@@ -282,7 +298,9 @@ def remove(folder: Path) -> None:
     shutil.rmtree(rubbish)
 
 
-def open_tracker(name: str, out: Path, config: dict, step: int) -> Callable[[dict, int], None]:
+def open_tracker(
+    name: str, out: Path, config: dict, step: int
+) -> Callable[[dict, int], None]:
     """A function of (values, step) that reports to wandb or TensorBoard; imported only here."""
     try:
         if name == "wandb":
@@ -332,8 +350,12 @@ def draw_curves(
         for colour, name in enumerate(shown):
             steps, values = zip(*points[name])
             colour = f"C{colour}"
-            axes.plot(steps, values, ".-", color=colour, linewidth=0.6, markersize=3, alpha=0.35)
-            axes.plot(steps, smooth(smooth(values)), color=colour, linewidth=1.8, label=name)
+            axes.plot(
+                steps, values, ".-", color=colour, linewidth=0.6, markersize=3, alpha=0.35
+            )
+            axes.plot(
+                steps, smooth(smooth(values)), color=colour, linewidth=1.8, label=name
+            )
         axes.set_title(heading, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)

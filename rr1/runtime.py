@@ -61,7 +61,9 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         """`with rt.autocast():` computes forward passes in `dtype`."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype != torch.float32
+        )
 
 
 def setup(seed: int | None = None) -> Runtime:
@@ -220,7 +222,9 @@ def _bytes(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: torch.nn.Module, lr: float, weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW on what is trainable, with weight decay on matrices and none on biases and norms.
 
     It is fused: without temporaries as large as the model.
@@ -228,7 +232,10 @@ def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> t
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
-    matrices = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay}
+    matrices = {
+        "params": [p for p in trainable if p.ndim >= 2],
+        "weight_decay": weight_decay,
+    }
     vectors = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.95), fused=True)
 
@@ -242,7 +249,9 @@ def cosine_with_warmup(step: int, steps: int, warmup: int, floor: float = 0.1) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def update(optimizer: torch.optim.Optimizer, rt: Runtime, lr: float, max_grad_norm: float) -> float:
+def update(
+    optimizer: torch.optim.Optimizer, rt: Runtime, lr: float, max_grad_norm: float
+) -> float:
     """One optimizer step with the gradients of all processes, which are gone afterwards.
 
     They are scaled down to `max_grad_norm` together; returns their norm before that. Where it is
@@ -288,7 +297,9 @@ class Means:
         """name -> mean (nan: of nothing), or largest. All ranks must have added the same names."""
         totals = sum_over_ranks(self.totals, rt)
         names = [key.removeprefix("sum ") for key in totals if key.startswith("sum ")]
-        means = {name: totals["sum " + name] / (totals["count " + name] or NAN) for name in names}
+        means = {
+            name: totals["sum " + name] / (totals["count " + name] or NAN) for name in names
+        }
         return means | sum_over_ranks(self.largest, rt, dist.ReduceOp.MAX)
 
 
@@ -308,7 +319,9 @@ class Timer:
 # ---------------------------------------------------------------- options
 
 
-def opt(default: Any, help: str, choices: Sequence = (), low: float = 0, high: float = INF) -> Any:
+def opt(
+    default: Any, help: str, choices: Sequence = (), low: float = 0, high: float = INF
+) -> Any:
     """A field of a configuration: its default, its help text, and what is allowed: one of
     `choices`, or numbers from `low` to `high`, never nan or infinity."""
     metadata = {"help": help.replace("%", "%%"), "limits": (low, high)}
@@ -322,7 +335,9 @@ def opt(default: Any, help: str, choices: Sequence = (), low: float = 0, high: f
 class _Parser(HfArgumentParser):
     """Knows the limits of `opt`. An error is one line."""
 
-    def add_argument(self, *names: str, limits: Sequence[float] = (-INF, INF), **options: Any):
+    def add_argument(
+        self, *names: str, limits: Sequence[float] = (-INF, INF), **options: Any
+    ):
         action = super().add_argument(*names, **options)
         action.limits = limits
         return action
@@ -333,7 +348,9 @@ class _Parser(HfArgumentParser):
             value = getattr(found, action.dest, None)
             low, high = action.limits
             for x in value if isinstance(value, list) else [value]:
-                if isinstance(x, (int, float)) and not (low <= x <= high and math.isfinite(x)):
+                if isinstance(x, (int, float)) and not (
+                    low <= x <= high and math.isfinite(x)
+                ):
                     allowed = f"at least {low}" if high == INF else f"{low} to {high}"
                     self.error(f"{action.option_strings[-1]} {x}: give {allowed}")
         return found
@@ -346,7 +363,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Shows the defaults, and the script's docstring as it was written."""
 
 
-def parse_config(config: type, argv: Sequence[str] | None = None, doc: str | None = None) -> Any:
+def parse_config(
+    config: type, argv: Sequence[str] | None = None, doc: str | None = None
+) -> Any:
     """The command line as an instance of the dataclass `config`.
 
     `group_size: int` is --group-size N, a bool is --name and --no-name, a list[float] takes one or
@@ -379,7 +398,9 @@ class Interrupt:
     def _handle(self, number: int, _: Any) -> None:
         if self._asked is None:
             self._asked = time.monotonic()
-            if self.rt.is_main:  # os.write, since a handler may run in the middle of a print
+            if (
+                self.rt.is_main
+            ):  # os.write, since a handler may run in the middle of a print
                 os.write(2, b"\nending this step, then saving; once more to stop at once\n")
         elif time.monotonic() - self._asked > 1:
             # within a second it is one wish: the terminal's signal, and torchrun's copy of it

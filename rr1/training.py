@@ -12,7 +12,15 @@ from rr1.run_folder import RunFolder
 from rr1.runtime import Means, Runtime, opt
 
 # options that may differ when a run goes on
-FREE = {"save_every", "workers", "tracker", "shard", "eval_every", "eval_data", "eval_records"}
+FREE = {
+    "save_every",
+    "workers",
+    "tracker",
+    "shard",
+    "eval_every",
+    "eval_data",
+    "eval_records",
+}
 # from which total intensity on damage is called so
 LEVELS = {"none": 0.0, "light": 1e-9, "medium": 0.75, "strong": 1.5}
 
@@ -26,19 +34,27 @@ PANELS = {
 class Options:
     # data
     data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
-    images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    images: str = opt(
+        "", "folder that image paths are relative to; empty: the data file's own"
+    )
     skip_bad: bool = opt(False, "leave out, and list in --out, records that cannot be used")
-    max_image_tokens: int = opt(0, "a record whose pictures take more tokens is bad; 0: no limit")
+    max_image_tokens: int = opt(
+        0, "a record whose pictures take more tokens is bad; 0: no limit"
+    )
     min_pixels: int = opt(0, "enlarge smaller pictures to this; 0: as the checkpoint says")
     max_pixels: int = opt(0, "reduce larger pictures to this; 0: as the checkpoint says")
-    workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread")
+    workers: int = opt(
+        0, "processes that read pictures ahead, in each process; 0: a thread"
+    )
     # watching
     eval_every: int = opt(0, "steps between looks at held-out records; 0: none")
     eval_data: str = opt("", "their file; empty: the drawn world's test split")
     eval_records: int = opt(64, "how many of them, the first ones", low=1)
     # machine
     micro_batch: int = opt(8, "records or groups a pass, in each process", low=1)
-    gradient_checkpointing: bool = opt(False, "recompute activations: slower, much less memory")
+    gradient_checkpointing: bool = opt(
+        False, "recompute activations: slower, much less memory"
+    )
     shard: bool = opt(False, "spread weights, gradients and optimizer state: docs/gpus.md")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", low=1e-9)
     max_new_tokens: int = opt(128, "longest response (2048 in the published run)", low=1)
@@ -90,7 +106,9 @@ def held_out(
         return {}
     with runtime.main_first(rt):
         path = config.eval_data or tiny.dataset("test")
-    found = records.read(path, config.images if config.eval_data else None)[: config.eval_records]
+    found = records.read(path, config.images if config.eval_data else None)[
+        : config.eval_records
+    ]
     mine = found[rt.rank :: rt.world_size]
     plain = getattr(config, "plain", False)
     terms = {} if plain else formula
@@ -119,7 +137,12 @@ def held_out(
                 y = to_text(r, processor)
                 if plain:  # the answer alone
                     y = rewards.Response(f"<ANSWER>{y}<ANSWER_END>", y.length, y.truncated)
-                judge(means, y, record | {"length": data.true_length(record, processor)}, terms)
+                judge(
+                    means,
+                    y,
+                    record | {"length": data.true_length(record, processor)},
+                    terms,
+                )
     model.model.language_model.train()
     found = means.over_ranks(rt)
     shown = "  ".join(f"{name} {mean:.3f}" for name, mean in found.items())

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+)
 from transformers.utils import logging
 
 from rr1.chain import IMAGE
@@ -32,7 +34,9 @@ NEVER_SAMPLED = """
 
 PROMPT, NOBODY = -1, -2  # owners of a column, beside the responses 0 .. G - 1
 PACK_FROM = 1.3  # groups are packed where that saves at least this factor of the tokens
-LOGITS_AT_ONCE = 2**24  # with 151,936 tokens to choose from: 110 at a time, 64 MB in float32
+LOGITS_AT_ONCE = (
+    2**24
+)  # with 151,936 tokens to choose from: 110 at a time, 64 MB in float32
 
 Groups = Sequence[Sequence[Sequence[int]]]  # B groups of G responses of L token ids
 
@@ -46,7 +50,9 @@ class Processor:
         vocabulary = tokenizer.get_vocab()
         self.image_token_id = vocabulary[IMAGE_PAD]
         self.end_id = vocabulary["<|im_end|>"]
-        self.banned_ids = [vocabulary[token] for token in NEVER_SAMPLED if token in vocabulary]
+        self.banned_ids = [
+            vocabulary[token] for token in NEVER_SAMPLED if token in vocabulary
+        ]
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **image_options) -> Processor:
@@ -99,7 +105,9 @@ class Processor:
         for piece in pieces[1:]:
             content += [{"type": "image"}, {"type": "text", "text": piece}]
         rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
         expanded, *rest = rendered.split(IMAGE_PAD)
         if len(rest) != n:
@@ -146,11 +154,11 @@ def load(
                 name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
             model.to(device)
-            missing, unexpected = found["missing_keys"], found["unexpected_keys"]
-            if missing or unexpected:
+            if found["missing_keys"] or found["unexpected_keys"]:
                 raise SystemExit(
                     f"--model {name_or_path}: its weights are not those of its config.json: "
-                    f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+                    f"missing {sorted(found['missing_keys'])}, "
+                    f"unexpected {sorted(found['unexpected_keys'])}"
                 )
     except OSError as error:
         raise SystemExit(
@@ -212,7 +220,9 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-def make_prompt(model, ids: Sequence[int], grid_thw: Tensor, features: Sequence[Tensor]) -> Prompt:
+def make_prompt(
+    model, ids: Sequence[int], grid_thw: Tensor, features: Sequence[Tensor]
+) -> Prompt:
     """ids: P tokens, image placeholders expanded; grid_thw (images, 3); features: one an image."""
     device = model.device
     ids = torch.tensor(ids, device=device)
@@ -241,7 +251,9 @@ def embed(model, ids: Tensor, features: Tensor) -> Tensor:
     return embeddings.masked_scatter(at_image, features.to(embeddings.dtype))
 
 
-def scale_logits(logits: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> Tensor:
+def scale_logits(
+    logits: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()
+) -> Tensor:
     """(.., V) logits -> the policy's own, in at least float32: banned ids are impossible, the rest
     is divided by the temperature. Sampling and scoring both go through here, so that they speak of
     the same distribution."""
@@ -278,7 +290,9 @@ def token_logps(
     if len(hidden) <= size:
         return chunk(hidden, targets)
     parts = zip(hidden.split(size), targets.split(size))
-    logps, entropies = zip(*[checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+    logps, entropies = zip(
+        *[checkpoint(chunk, *part, use_reentrant=False) for part in parts]
+    )
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 
@@ -359,7 +373,9 @@ def group_logps(
         prompts = [prompt for prompt, group in zip(prompts, responses) for _ in group]
         responses = [[response] for group in responses for response in group]
     packed = pack(prompts, responses)
-    embeddings = embed(model, packed.ids, torch.cat([prompt.features for prompt in prompts]))
+    embeddings = embed(
+        model, packed.ids, torch.cat([prompt.features for prompt in prompts])
+    )
     mask = None  # one response a row: causal attention
     if len(packed.lengths) > len(prompts):
         make_mask = getattr(model, "fast_mask", attention_mask)  # see rr1/fast.py
@@ -371,7 +387,9 @@ def group_logps(
         use_cache=False,
     )
     hidden = out.last_hidden_state[packed.predicted_at]  # (T, H)
-    logps, entropy = token_logps(model, hidden, packed.targets, temperature, banned, with_entropy)
+    logps, entropy = token_logps(
+        model, hidden, packed.targets, temperature, banned, with_entropy
+    )
 
     def by_response(values):  # (T,) -> (N, L)
         return pad_sequence(values.split(packed.lengths), batch_first=True)

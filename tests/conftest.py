@@ -29,13 +29,19 @@ def random_model(tokenizer, seed: int = 0, hidden: int = 96, ends: float = 0.75)
         tokenizer, hidden=hidden, layers=2, vision_hidden=64, vision_depth=2
     )
     for name, p in model.named_parameters():
-        std = 0.15 if "embed_tokens" in name else p[0].numel() ** -0.5 if p.ndim > 1 else 0.2
-        p.copy_(torch.randn(p.shape, generator=generator) * std + (p.ndim == 1 and "norm" in name))
+        std = (
+            0.15 if "embed_tokens" in name else p[0].numel() ** -0.5 if p.ndim > 1 else 0.2
+        )
+        p.copy_(
+            torch.randn(p.shape, generator=generator) * std
+            + (p.ndim == 1 and "norm" in name)
+        )
     last = model.model.language_model.layers[-1].self_attn
     repeats = last.o_proj.in_features // last.v_proj.out_features
     last.v_proj.bias.normal_(generator=generator)
     constant = (
-        last.o_proj.weight @ last.v_proj.bias.view(-1, 48).repeat_interleave(repeats, 0).flatten()
+        last.o_proj.weight
+        @ last.v_proj.bias.view(-1, 48).repeat_interleave(repeats, 0).flatten()
     )
     model.get_input_embeddings().weight[model.config.text_config.eos_token_id] = (
         ends * constant / constant.norm()

@@ -38,7 +38,12 @@ class Server:
     """
 
     def __init__(self):
-        self.log, self.paid, self.behave, self.lock = [], [], lambda request: "ok", threading.Lock()
+        self.log, self.paid, self.behave, self.lock = (
+            [],
+            [],
+            lambda request: "ok",
+            threading.Lock(),
+        )
         self.open, self.most_open, self.slow, self.release = 0, 0, 0.0, threading.Event()
         outer = self
 
@@ -91,7 +96,10 @@ class Server:
             return
         status, body, headers = response(request, how)
         http.send_response(status)
-        headers = {"Content-Type": "application/json", "Content-Length": len(body)} | headers
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": len(body),
+        } | headers
         for name, value in headers.items():
             http.send_header(name, str(value))
         http.end_headers()
@@ -129,7 +137,11 @@ def response(request, how):
         return 200, b"<html>Bad gateway</html>", {"Content-Type": "text/html"}
     if how == "odd":
         return 200, b"{]" if request.number % 2 else b'{"choices": []}', {}
-    return 200, completion(request.prompt, **(how if isinstance(how, dict) else {})).encode(), {}
+    return (
+        200,
+        completion(request.prompt, **(how if isinstance(how, dict) else {})).encode(),
+        {},
+    )
 
 
 def completion(prompt, usage=(1000, 100), **changes):
@@ -187,7 +199,9 @@ def start(server, questions, out, *more):
     context.set_forkserver_preload(["rr1.annotate.__main__", "openai"])
     process = context.Process(
         target=command.main,
-        args=(["--data", str(questions), "--out", str(out), *map(str, flags(server, *more))],),
+        args=(
+            ["--data", str(questions), "--out", str(out), *map(str, flags(server, *more))],
+        ),
     )
     process.start()
     server.victim = process.pid
@@ -202,7 +216,12 @@ def write_questions(folder):
         scene = world.sample_scene(rng)
         cv2.imwrite(str(folder / f"{n}.png"), world.draw(scene, rng)[..., ::-1])
         asked = world.questions(scene)[0]
-        row = {"image": f"{n}.png", "question": asked.text, "answer": asked.answer, "id": f"q{n}"}
+        row = {
+            "image": f"{n}.png",
+            "question": asked.text,
+            "answer": asked.answer,
+            "id": f"q{n}",
+        }
         lines.append(
             json.dumps(row if n % 3 == 0 else row | {"choices": world.choices(asked, rng)})
         )

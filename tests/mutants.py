@@ -847,7 +847,9 @@ def attempt(mutant: Mutant, folder: Path, passing: set[str]) -> str:
     status = run(mutant.test, folder)
     path.write_text(source, encoding="utf-8")
     meaning = {0: "SURVIVED", 1: "killed", -1: "killed, by time"}
-    return meaning.get(status, f"ERROR: pytest ended with {status}; see {folder}/pytest.log")
+    return meaning.get(
+        status, f"ERROR: pytest ended with {status}; see {folder}/pytest.log"
+    )
 
 
 def main(wanted: str = "") -> None:
@@ -865,7 +867,9 @@ def main(wanted: str = "") -> None:
         print(f"{number:3d}/{len(chosen)} {seconds:5.1f} s  {found}  {line}", flush=True)
         if not found.startswith("killed"):
             failures.append(f"{found}  {line}")
-    print(f"{len(chosen)} mutants, {len(chosen) - len(failures)} killed", *failures, sep="\n")
+    print(
+        f"{len(chosen)} mutants, {len(chosen) - len(failures)} killed", *failures, sep="\n"
+    )
     shutil.rmtree(folder.parent)
     sys.exit(bool(failures))
 

@@ -85,7 +85,9 @@ class PretendGPU(TorchFunctionMode):
             return self.get(function, args)
         if name == "__set__":
             return self.set(function, args)
-        tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        tensors = [
+            value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)
+        ]
         on_gpu = any(place(t) == GPU for t in tensors)
         self.seen += on_gpu
         if name in ("numpy", "__array__") and on_gpu:
@@ -103,10 +105,14 @@ class PretendGPU(TorchFunctionMode):
         target = wanted or (GPU if on_gpu else CPU)
         generator = kwargs.get("generator")
         if target == GPU and generator is not None and generator.device == CPU:
-            raise RuntimeError(f"{name}: a generator on {CPU} cannot draw on {GPU} (pretended)")
+            raise RuntimeError(
+                f"{name}: a generator on {CPU} cannot draw on {GPU} (pretended)"
+            )
         if on_gpu and mixed(name, args, tensors):
             where = [f"{tuple(t.shape)} on {place(t)}" for t in tensors]
-            raise RuntimeError(f"{name}: tensors on two devices (pretended): {', '.join(where)}")
+            raise RuntimeError(
+                f"{name}: tensors on two devices (pretended): {', '.join(where)}"
+            )
         out = function(*args, **kwargs)
         if target not in (CPU, GPU):
             return out
@@ -166,7 +172,13 @@ def install() -> PretendGPU:
         "get_device_capability": (9, 0),
         "get_rng_state_all": [],
     }
-    silent = ["set_device", "synchronize", "set_rng_state", "set_rng_state_all", "empty_cache"]
+    silent = [
+        "set_device",
+        "synchronize",
+        "set_rng_state",
+        "set_rng_state_all",
+        "empty_cache",
+    ]
     silent += ["reset_peak_memory_stats", "manual_seed", "manual_seed_all"]
     for name, value in (said | dict.fromkeys(silent)).items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
@@ -176,14 +188,18 @@ def install() -> PretendGPU:
 
     class Autocast(torch.autocast):
         def __init__(self, device_type, *args, **options):
-            super().__init__("cpu" if device_type == "cuda" else device_type, *args, **options)
+            super().__init__(
+                "cpu" if device_type == "cuda" else device_type, *args, **options
+            )
 
     torch.autocast = torch.amp.autocast = Autocast
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
         setattr(torch, name, lambda kind="cpu", real=real: real("cpu"))
     copied = torch.nn.Parameter.__deepcopy__
-    torch.nn.Parameter.__deepcopy__ = lambda self, memo: put(copied(self, memo), place(self))
+    torch.nn.Parameter.__deepcopy__ = lambda self, memo: put(
+        copied(self, memo), place(self)
+    )
     return PretendGPU()
 
 

@@ -77,14 +77,22 @@ def test_influence_sees_both_pictures_the_damage_and_the_truth():
 
 
 def test_reasoning_sees_the_damaged_picture_the_damage_the_influence_and_the_truth():
-    step, images, prompt = seen(lambda G: annotate.reasoning(G, X_D, D_D, "rails look soft", TRUTH))
+    step, images, prompt = seen(
+        lambda G: annotate.reasoning(G, X_D, D_D, "rails look soft", TRUTH)
+    )
     assert step == "reasoning" and len(images) == 1 and images[0] is X_D
-    for part in ("lens blur(0.47), noise(0.90)", "rails look soft", "True answer: 1. a wagon"):
+    for part in (
+        "lens blur(0.47), noise(0.90)",
+        "rails look soft",
+        "True answer: 1. a wagon",
+    ):
         assert part in prompt
 
 
 def test_conclusion_sees_the_reasoning_and_the_truth_alone():
-    step, images, prompt = seen(lambda G: annotate.conclusion(G, "it stands on rails", TRUTH))
+    step, images, prompt = seen(
+        lambda G: annotate.conclusion(G, "it stands on rails", TRUTH)
+    )
     assert (
         step == "conclusion"
         and not images
@@ -97,7 +105,9 @@ def test_conclusion_sees_the_reasoning_and_the_truth_alone():
 def test_scale_length_asks_for_the_words_of_the_total_intensity():
     prompts = []
     scaled = annotate.scale_length(
-        lambda step, images, **f: prompts.append(fill(step, f)) or f["chain"], CHAIN, (10, 100)
+        lambda step, images, **f: prompts.append(fill(step, f)) or f["chain"],
+        CHAIN,
+        (10, 100),
     )
     assert scaled == CHAIN and annotate.target_words(1.37, (10, 100)) == 147
     assert (
@@ -119,14 +129,15 @@ def test_each_step_reads_what_the_one_before_it_wrote():
     )
     assert [step for step, _ in calls] == list(teachers.STEPS)
     assert (
-        calls[1][1]["influence"] == "the influence" and calls[2][1]["reasoning"] == "the reasoning"
+        calls[1][1]["influence"] == "the influence"
+        and calls[2][1]["reasoning"] == "the reasoning"
     )
 
 
 def test_comment_lines_of_a_template_are_not_sent():
-    assert (teachers.PROMPTS / "influence.txt").read_text().startswith("#") and "Psi" not in fill(
-        "influence", {"degradations": [], "truth": TRUTH}
-    )
+    assert (teachers.PROMPTS / "influence.txt").read_text().startswith(
+        "#"
+    ) and "Psi" not in fill("influence", {"degradations": [], "truth": TRUTH})
 
 
 @pytest.mark.parametrize(
@@ -139,7 +150,9 @@ def test_comment_lines_of_a_template_are_not_sent():
         (render(CHAIN).replace("noise", "fog"), "a type"),
         (render(Chain(D_D[:1], "a", "b", "c", "1")), "a type"),
         (
-            render(CHAIN).replace("0.90", "0.9").replace("lens blur(0.47)", "lens blur(0.5)"),
+            render(CHAIN)
+            .replace("0.90", "0.9")
+            .replace("lens blur(0.47)", "lens blur(0.5)"),
             "an intensity",
         ),
         (render(Chain(D_D, "a", "b", "c", "a wagon")), "the answer '1' became 'a wagon'"),
@@ -189,9 +202,12 @@ def test_the_data_can_be_read_and_the_damage_repeated(built, questions):
             and record["chain"].degradations == record["degradations"]
         )
         clean, damaged = (
-            np.asarray(records.open_image(record[name])) for name in ("clean_image", "image")
+            np.asarray(records.open_image(record[name]))
+            for name in ("clean_image", "image")
         )
-        assert np.array_equal(degrade(clean, record["degradations"], record["seed"]), damaged)
+        assert np.array_equal(
+            degrade(clean, record["degradations"], record["seed"]), damaged
+        )
         assert rewards.accuracy(rewards.Response(record["response"], 1), record) == 1
         assert 1 <= len(record["degradations"]) <= 4
     assert (
@@ -208,7 +224,8 @@ def test_chains_are_as_long_as_the_damage_calls_for():
     lengths = []
     for s in (0.1, 0.4, 0.7, 1.0):
         D_d = [
-            Degradation(str(name), s) for name in rng.choice(list(DEGRADATIONS), 2, replace=False)
+            Degradation(str(name), s)
+            for name in rng.choice(list(DEGRADATIONS), 2, replace=False)
         ]
         text = render(annotate.build_chain(template_teacher, X, X_D, D_d, TRUTH))
         lengths.append(len(text.split()))
@@ -218,7 +235,9 @@ def test_chains_are_as_long_as_the_damage_calls_for():
 
 def test_the_offline_teacher_speaks_of_every_type():
     for name in DEGRADATIONS:
-        chain = annotate.build_chain(template_teacher, X, X_D, [Degradation(name, 0.5)], TRUTH)
+        chain = annotate.build_chain(
+            template_teacher, X, X_D, [Degradation(name, 0.5)], TRUTH
+        )
         assert name in chain.influence and "a wagon" in chain.conclusion
     assert annotate.build_chain(template_teacher, X, X, [], TRUTH).degradations == []
 
@@ -244,7 +263,9 @@ def test_llama_factory_form(built):
 def test_the_data_card_counts_what_is_there(built):
     card = (built.out / "card.txt").read_text()
     types = Counter(d["type"] for row in built.rows for d in row["degradations"])
-    assert f"12 questions, {types.total()} degradations" in card and "8 with choices" in card
+    assert (
+        f"12 questions, {types.total()} degradations" in card and "8 with choices" in card
+    )
     for stage, names in STAGES.items():
         assert (
             f"{stage} {sum(types[name] for name in names)}: "
@@ -259,7 +280,9 @@ def test_the_data_card_counts_what_is_there(built):
 def test_workers_and_limit_do_not_change_a_question(built, questions, tmp_path):
     assert build(questions, tmp_path, "--workers", 1, "--limit", 5) == built.rows[:5]
     assert build(questions, tmp_path, "--workers", 3) == built.rows  # goes on where it was
-    assert (tmp_path / "train.jsonl").read_bytes() == (built.out / "train.jsonl").read_bytes()
+    assert (tmp_path / "train.jsonl").read_bytes() == (
+        built.out / "train.jsonl"
+    ).read_bytes()
     with pytest.raises(SystemExit, match="other settings:\n  high: was 4, now 2\n"):
         build(questions, tmp_path, "--high", 2)
 
@@ -275,7 +298,9 @@ def test_seed_types_and_words_can_be_chosen(built, questions, tmp_path):
     few = build(questions, tmp_path / "few", "--low", 2, "--high", 2, "--limit", 3)
     assert all(len(row["degradations"]) == 2 for row in few)
     other = build(questions, tmp_path / "other", "--seed", 1, "--limit", 3)
-    assert [row["degradations"] for row in other] != [row["degradations"] for row in built.rows[:3]]
+    assert [row["degradations"] for row in other] != [
+        row["degradations"] for row in built.rows[:3]
+    ]
     short = build(questions, tmp_path / "short", "--words", 20, 5, "--limit", 3)
     words = [
         [len(row["conversations"][1]["value"].split()) for row in rows[:3]]
@@ -314,7 +339,8 @@ def test_photos_with_questions_in_the_fields_of_a_okvqa(tmp_path):
         pytest.skip("the photos with questions are not here")
     rows = build(PHOTOS / "questions.jsonl", tmp_path, "--limit", 3)
     source = [
-        json.loads(line) for line in (PHOTOS / "questions.jsonl").read_text().splitlines()[:3]
+        json.loads(line)
+        for line in (PHOTOS / "questions.jsonl").read_text().splitlines()[:3]
     ]
     assert [(row["id"], row["answer"], row["choices"]) for row in rows] == [
         (q["question_id"], str(q["correct_choice_idx"]), q["choices"]) for q in source
@@ -328,7 +354,9 @@ def test_photos_with_questions_in_the_fields_of_a_okvqa(tmp_path):
 def test_a_okvqa_json(tmp_path):
     (tmp_path / "val2017").mkdir()
     for number in (7, 9):
-        cv2.imwrite(str(tmp_path / f"val2017/{number:012}.jpg"), np.zeros((8, 8, 3), np.uint8))
+        cv2.imwrite(
+            str(tmp_path / f"val2017/{number:012}.jpg"), np.zeros((8, 8, 3), np.uint8)
+        )
     common = {"split": "val", "question": "what is it? "}
     rows = [
         common
@@ -339,7 +367,8 @@ def test_a_okvqa_json(tmp_path):
             "correct_choice_idx": 1,
             "direct_answers": ["hound"],
         },
-        common | {"image_id": 9, "question_id": "b", "direct_answers": ["cat", "dog", "dog"]},
+        common
+        | {"image_id": 9, "question_id": "b", "direct_answers": ["cat", "dog", "dog"]},
     ]
     (tmp_path / "aokvqa.json").write_text(json.dumps(rows))
     first, second = read_questions(tmp_path / "aokvqa.json")
@@ -382,8 +411,12 @@ def test_a_okvqa_json(tmp_path):
     ],
 )
 def test_a_bad_question_is_named_by_file_and_line(questions, tmp_path, bad, message):
-    (questions.parent.parent / "outside.png").write_bytes((questions.parent / "0.png").read_bytes())
-    (tmp_path / "bad.jsonl").write_text(questions.read_text().splitlines()[0] + "\n" + bad + "\n")
+    (questions.parent.parent / "outside.png").write_bytes(
+        (questions.parent / "0.png").read_bytes()
+    )
+    (tmp_path / "bad.jsonl").write_text(
+        questions.read_text().splitlines()[0] + "\n" + bad + "\n"
+    )
     with pytest.raises(records.DataError, match="bad.jsonl:" + message):
         read_questions(tmp_path / "bad.jsonl", str(questions.parent))
 
@@ -398,7 +431,9 @@ def test_a_bad_question_is_named_by_file_and_line(questions, tmp_path, bad, mess
         ("--teacher m", "OPENAI_API_KEY"),
     ],
 )
-def test_a_command_line_that_cannot_be_meant(questions, tmp_path, flags, message, monkeypatch):
+def test_a_command_line_that_cannot_be_meant(
+    questions, tmp_path, flags, message, monkeypatch
+):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     if message == "OPENAI_API_KEY":
         pytest.importorskip("openai")
@@ -441,14 +476,17 @@ def chat_teacher(model, server, folder):
 
 def test_four_requests_a_question_and_none_when_all_is_done(server, questions, tmp_path):
     rows = build(
-        questions, tmp_path, *flags(server, "--price-in", 2, "--price-out", 10, "--max-tokens", 77)
+        questions,
+        tmp_path,
+        *flags(server, "--price-in", 2, "--price-out", 10, "--max-tokens", 77),
     )
     assert [(r.step, len(r.pictures), r.model, r.max_tokens) for r in server.log] == [
         (step, n, "m", 77) for _ in rows for step, n in zip(teachers.STEPS, (2, 1, 0, 0))
     ]
     clean, damaged = (
         cv2.imdecode(
-            np.frombuffer(base64.b64decode(url.partition("base64,")[2]), np.uint8), cv2.IMREAD_COLOR
+            np.frombuffer(base64.b64decode(url.partition("base64,")[2]), np.uint8),
+            cv2.IMREAD_COLOR,
         )[..., ::-1]
         for url in server.log[0].pictures
     )
@@ -456,23 +494,29 @@ def test_four_requests_a_question_and_none_when_all_is_done(server, questions, t
     for sent, kept in ((clean, record["clean_image"]), (damaged, record["image"])):
         assert np.abs(sent.astype(int) - np.asarray(records.open_image(kept))).mean() < 8
     assert (
-        record["chain"].influence == good_answer(server.log[0].prompt) and record["teacher"] == "m"
+        record["chain"].influence == good_answer(server.log[0].prompt)
+        and record["teacher"] == "m"
     )
     receipts = read_lines(tmp_path / "answers.jsonl")
     assert len(receipts) == 8 and all(
         r["cost"] == pytest.approx(0.003) and r["tokens_in"] == 1000 for r in receipts
     )
-    assert "8 answers of m: 8000 + 800 tokens, $0.0240" in (tmp_path / "card.txt").read_text()
+    assert (
+        "8 answers of m: 8000 + 800 tokens, $0.0240" in (tmp_path / "card.txt").read_text()
+    )
     assert build(questions, tmp_path, *flags(server)) == rows and len(server.log) == 8
     assert (
-        len(build(questions, tmp_path, *flags(server, "--limit", 3))) == 3 and len(server.log) == 12
+        len(build(questions, tmp_path, *flags(server, "--limit", 3))) == 3
+        and len(server.log) == 12
     )
 
 
 def test_half_an_answer_on_file_is_asked_for_again(server, questions, tmp_path):
     rows = build(questions, tmp_path, *flags(server))
     receipts = (tmp_path / "answers.jsonl").read_bytes()
-    (tmp_path / "answers.jsonl").write_bytes(receipts[:-30])  # torn in the middle of writing
+    (tmp_path / "answers.jsonl").write_bytes(
+        receipts[:-30]
+    )  # torn in the middle of writing
     (tmp_path / "train.jsonl").unlink()
     assert build(questions, tmp_path, *flags(server)) == rows and len(server.log) == 9
     assert (tmp_path / "answers.jsonl").read_bytes() == receipts
@@ -481,7 +525,9 @@ def test_half_an_answer_on_file_is_asked_for_again(server, questions, tmp_path):
 def test_429_500_garbage_and_silence_are_waited_out(server, questions, tmp_path):
     trouble = [429, 500, "html", "odd", "odd", "never", 503, 429]
     server.behave = lambda request: (
-        trouble[request.number // 2] if request.number % 2 == 0 and request.number < 16 else "ok"
+        trouble[request.number // 2]
+        if request.number % 2 == 0 and request.number < 16
+        else "ok"
     )
     rows = build(questions, tmp_path, *flags(server, "--timeout", 0.4))
     assert (
@@ -504,7 +550,9 @@ def test_a_server_that_stays_away_is_given_up_and_gone_back_to(server, questions
     assert len(build(questions, tmp_path, *flags(server))) == 2
 
 
-def test_one_question_without_an_answer_does_not_stop_the_others(server, questions, tmp_path):
+def test_one_question_without_an_answer_does_not_stop_the_others(
+    server, questions, tmp_path
+):
     server.behave = lambda request: 500 if request.number < 2 else "ok"
     with pytest.raises(SystemExit, match="1 questions are left undone"):
         build(questions, tmp_path, *flags(server, "--retries", 1))
@@ -512,9 +560,13 @@ def test_one_question_without_an_answer_does_not_stop_the_others(server, questio
     assert [row["id"] for row in build(questions, tmp_path, *flags(server))] == ["q0", "q1"]
 
 
-def test_a_refused_key_stops_at_once_and_is_shown_nowhere(server, questions, tmp_path, capsys):
+def test_a_refused_key_stops_at_once_and_is_shown_nowhere(
+    server, questions, tmp_path, capsys
+):
     server.behave = lambda request: 401
-    with pytest.raises(SystemExit, match="key in OPENAI_API_KEY was not accepted") as stopped:
+    with pytest.raises(
+        SystemExit, match="key in OPENAI_API_KEY was not accepted"
+    ) as stopped:
         build(questions, tmp_path, *flags(server))
     assert len(server.log) == 1 and "secret" in server.log[0].key
     server.behave = lambda request: 400  # the error text repeats the key
@@ -533,7 +585,9 @@ def test_a_refused_key_stops_at_once_and_is_shown_nowhere(server, questions, tmp
 def test_a_model_that_wants_max_completion_tokens_gets_it(server, questions, tmp_path):
     server.behave = lambda request: 400 if request.max_tokens else "ok"
     rows = build(questions, tmp_path, *flags(server, "--max-tokens", 77, "--retries", 0))
-    assert len(rows) == 2 and [request.max_tokens for request in server.log] == [77] + 8 * [None]
+    assert len(rows) == 2 and [request.max_tokens for request in server.log] == [77] + 8 * [
+        None
+    ]
     assert json.loads(server.log[1].body)["max_completion_tokens"] == 77
 
 
@@ -548,7 +602,9 @@ BAD = {
     "cut off": {"finish_reason": "length"},
     "refused": {"message": {"role": "assistant", "content": None, "refusal": "no"}},
     "refused ": {"finish_reason": "content_filter"},
-    "a tag is lost": {"message": {"role": "assistant", "content": "<TYPE>noise(0.1)<TYPE_END>"}},
+    "a tag is lost": {
+        "message": {"role": "assistant", "content": "<TYPE>noise(0.1)<TYPE_END>"}
+    },
 }
 
 
@@ -576,7 +632,10 @@ def test_a_bad_answer_is_rejected_kept_and_asked_for_again_only_on_request(
     assert len(server.log) == first + 2 and read_lines(tmp_path / "rejected.jsonl")[0][
         "attempts"
     ] == {step: 1}
-    assert len(build(questions, tmp_path, *flags(server, "--limit", 1, "--retry-rejected"))) == 1
+    assert (
+        len(build(questions, tmp_path, *flags(server, "--limit", 1, "--retry-rejected")))
+        == 1
+    )
     assert (
         len(server.log) == 6 and read_lines(tmp_path / "rejected.jsonl") == []
     )  # 4 good answers and 2 bad ones, all on file
@@ -620,7 +679,9 @@ def test_the_same_thing_is_asked_once_by_many_threads(server, tmp_path):
     teacher = chat_teacher("m", server, tmp_path)
     with ThreadPoolExecutor(4) as pool:
         texts = list(
-            pool.map(lambda _: teacher("conclusion", reasoning="rails", truth=TRUTH), range(4))
+            pool.map(
+                lambda _: teacher("conclusion", reasoning="rails", truth=TRUTH), range(4)
+            )
         )
     assert len(set(texts)) == 1 and len(server.log) == 1
     teacher("conclusion", attempt=1, reasoning="rails", truth=TRUTH)
@@ -707,9 +768,13 @@ def test_sigkill_at_any_moment_loses_no_paid_answer_and_pays_for_none_twice(
         assert len(server.paid) - server.on_file() <= under_way
 
     assert build(questions, out, *flags(server, *everything)) == undisturbed
-    assert (out / "train.jsonl").read_bytes() == (tmp_path / "calm" / "train.jsonl").read_bytes()
+    assert (out / "train.jsonl").read_bytes() == (
+        tmp_path / "calm" / "train.jsonl"
+    ).read_bytes()
     receipts = Counter(row["key"] for row in read_lines(out / "answers.jsonl"))
-    assert len(receipts) == 32 and set(receipts.values()) == {1} and set(server.paid) == calm
+    assert (
+        len(receipts) == 32 and set(receipts.values()) == {1} and set(server.paid) == calm
+    )
     assert len(server.paid) - 32 <= under_way
     asked = len(server.log)
     assert (

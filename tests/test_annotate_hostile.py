@@ -54,7 +54,9 @@ def ask(questions, tmp_path, *rows):
     """The questions that these lines hold, about one of the photos."""
     path = tmp_path / "asked.jsonl"
     common = {"image": "0.png", "question": "how many dogs?"}
-    path.write_text("".join(json.dumps(common | row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(common | row) + "\n" for row in rows), encoding="utf-8"
+    )
     return read_questions(path, str(questions.parent))
 
 
@@ -75,7 +77,9 @@ def ask(questions, tmp_path, *rows):
         (["2", "1", "0"], 1, 1),
     ],
 )
-def test_an_answer_is_first_of_all_a_choices_text_3(questions, tmp_path, choices, answer, index):
+def test_an_answer_is_first_of_all_a_choices_text_3(
+    questions, tmp_path, choices, answer, index
+):
     [source] = ask(questions, tmp_path, {"choices": choices, "answer": answer})
     assert source.truth.answer == str(index) and source.truth.answer_text == choices[index]
 
@@ -89,19 +93,30 @@ def test_the_answer_of_most_people_is_a_text_too_3(questions, tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"choices": ["1", "2", "3", "4"], "answer": 2}, 'and another one\'s index: write "2"'),
+        (
+            {"choices": ["1", "2", "3", "4"], "answer": 2},
+            'and another one\'s index: write "2"',
+        ),
         ({"answer": None}, "no answer; expected"),
         ({"answer": ""}, "no answer; expected"),
         ({"answer": ["cat"]}, "no answer; expected"),
         ({"choices": ["a", "b"], "answer": None, "correct_choice_idx": None}, "no answer"),
-        ({"choices": ["a", "b"], "correct_choice_idx": 2}, "correct_choice_idx is 2, of 2 choices"),
+        (
+            {"choices": ["a", "b"], "correct_choice_idx": 2},
+            "correct_choice_idx is 2, of 2 choices",
+        ),
         ({"choices": "dog", "answer": "d"}, "choices 'dog'; expected a text, and a list"),
         ({"choices": ["dog", ""], "answer": "dog"}, "none of them empty"),
         ({"question": " ", "answer": "dog"}, "none of them empty"),
-        ({"question": "what is in <image>?", "answer": "dog"}, "none of them .*with <image>"),
+        (
+            {"question": "what is in <image>?", "answer": "dog"},
+            "none of them .*with <image>",
+        ),
     ],
 )
-def test_what_is_no_answer_and_no_question_is_refused_3_12_24(questions, tmp_path, row, message):
+def test_what_is_no_answer_and_no_question_is_refused_3_12_24(
+    questions, tmp_path, row, message
+):
     with pytest.raises(records.DataError, match=f"asked.jsonl:1: .*{message}"):
         ask(questions, tmp_path, row)
 
@@ -109,7 +124,9 @@ def test_what_is_no_answer_and_no_question_is_refused_3_12_24(questions, tmp_pat
 def test_edited_questions_are_noticed_one_by_one_9(server, tmp_path):
     """A line in front, a corrected answer, a question taken out, another photo: nothing is lost,
     nothing done twice, and what has not changed is not paid for again."""
-    rows = [json.loads(line) for line in write_questions(tmp_path).read_text().splitlines()[:5]]
+    rows = [
+        json.loads(line) for line in write_questions(tmp_path).read_text().splitlines()[:5]
+    ]
     rows = [{name: row[name] for name in row if name != "id"} for row in rows]
 
     def annotated():
@@ -156,7 +173,10 @@ def test_edited_questions_are_noticed_one_by_one_9(server, tmp_path):
 def test_an_answer_without_text_is_paid_for_once_4(
     server, questions, tmp_path, finish, content, reason
 ):
-    message = {"message": {"role": "assistant", "content": content}, "finish_reason": finish}
+    message = {
+        "message": {"role": "assistant", "content": content},
+        "finish_reason": finish,
+    }
     server.behave = lambda request: message
     prices = ("--price-in", 1, "--price-out", 1)
     for _ in range(2):
@@ -164,30 +184,47 @@ def test_an_answer_without_text_is_paid_for_once_4(
         assert len(server.log) == 3 and len(read_lines(tmp_path / "answers.jsonl")) == 3
     rejected = read_lines(tmp_path / "rejected.jsonl")
     assert all(row["step"] == "influence" and reason in row["reason"] for row in rejected)
-    assert sum(row["cost"] for row in read_lines(tmp_path / "answers.jsonl")) == pytest.approx(
-        3 * 1100 / 1e6
-    )
+    assert sum(
+        row["cost"] for row in read_lines(tmp_path / "answers.jsonl")
+    ) == pytest.approx(3 * 1100 / 1e6)
 
 
 def test_an_answer_in_parts_is_one_text_4(server, questions, tmp_path):
     def parts(request):
         answer = good_answer(request.prompt)
-        content = [{"type": "text", "text": answer[:9]}, {"type": "text", "text": answer[9:]}]
+        content = [
+            {"type": "text", "text": answer[:9]},
+            {"type": "text", "text": answer[9:]},
+        ]
         return {"message": {"role": "assistant", "content": content}}
 
     server.behave = parts
     in_parts = build(questions, tmp_path / "parts", *flags(server))
     server.behave = lambda request: "ok"
-    assert in_parts == build(questions, tmp_path / "whole", *flags(server)) and len(in_parts) == 2
+    assert (
+        in_parts == build(questions, tmp_path / "whole", *flags(server))
+        and len(in_parts) == 2
+    )
 
 
 @pytest.mark.parametrize(
     "usage",
-    [None, {}, {"prompt_tokens": None, "completion_tokens": 7}, {"prompt_tokens": "many"}, [], 3],
+    [
+        None,
+        {},
+        {"prompt_tokens": None, "completion_tokens": 7},
+        {"prompt_tokens": "many"},
+        [],
+        3,
+    ],
 )
-def test_what_is_counted_oddly_is_on_disk_all_the_same_13(server, questions, tmp_path, usage):
+def test_what_is_counted_oddly_is_on_disk_all_the_same_13(
+    server, questions, tmp_path, usage
+):
     def behave(request):
-        return Raw(200, json.dumps(json.loads(completion(request.prompt)) | {"usage": usage}))
+        return Raw(
+            200, json.dumps(json.loads(completion(request.prompt)) | {"usage": usage})
+        )
 
     server.behave = behave
     assert len(build(questions, tmp_path, *flags(server, "--price-out", 1))) == 2
@@ -208,16 +245,32 @@ def test_half_an_emoji_is_written_13(server, questions, tmp_path):
     assert "a wagon ? on rails" in rows[0]["conversations"][1]["value"]
 
 
-def test_answers_of_every_odd_form_are_read_or_asked_for_again_13(server, questions, tmp_path):
-    odd = ["null", "3", "[]", '{"choices": {}}', '{"choices": [null]}', '{"choices": [{}]}', ""]
-    odd += ['{"choices": [{"message": null}]}', '{"error": {"message": "busy"}}', "[" * 99_999]
+def test_answers_of_every_odd_form_are_read_or_asked_for_again_13(
+    server, questions, tmp_path
+):
+    odd = [
+        "null",
+        "3",
+        "[]",
+        '{"choices": {}}',
+        '{"choices": [null]}',
+        '{"choices": [{}]}',
+        "",
+    ]
+    odd += [
+        '{"choices": [{"message": null}]}',
+        '{"error": {"message": "busy"}}',
+        "[" * 99_999,
+    ]
 
     def behave(request):
         return Raw(200, odd[request.number]) if request.number < len(odd) else "ok"
 
     server.behave = behave
     assert len(build(questions, tmp_path, *flags(server, "--retries", len(odd)))) == 2
-    assert len(server.log) == 8 + len(odd) and len(read_lines(tmp_path / "answers.jsonl")) == 8
+    assert (
+        len(server.log) == 8 + len(odd) and len(read_lines(tmp_path / "answers.jsonl")) == 8
+    )
 
 
 @pytest.mark.parametrize("wait", ["inf", "nan", "-5", "soon", "1e400", ""])
@@ -239,7 +292,10 @@ def test_a_wait_of_a_day_is_not_waited_for_20(server, questions, tmp_path, capsy
     with pytest.raises(SystemExit, match="asked 1 times, .*asks to wait for 86400 seconds"):
         build(questions, tmp_path, *flags(server))
     assert time.monotonic() - begin < 10
-    assert "m: HTTP 429 from the server, which asks to wait for 86400 s" in capsys.readouterr().err
+    assert (
+        "m: HTTP 429 from the server, which asks to wait for 86400 s"
+        in capsys.readouterr().err
+    )
 
 
 def test_long_waits_say_why_20(server, questions, tmp_path, capsys, monkeypatch):
@@ -248,7 +304,11 @@ def test_long_waits_say_why_20(server, questions, tmp_path, capsys, monkeypatch)
     server.behave = lambda request: trouble.get(request.number, "ok")
     assert len(build(questions, tmp_path, *flags(server, "--timeout", 0.5))) == 2
     said = capsys.readouterr().err
-    for line in ("HTTP 503", "HTTP 429 from the server, which asks", "asking again, 2 of 6 times"):
+    for line in (
+        "HTTP 503",
+        "HTTP 429 from the server, which asks",
+        "asking again, 2 of 6 times",
+    ):
         assert line in said
 
 
@@ -259,7 +319,9 @@ def test_long_waits_say_why_20(server, questions, tmp_path, capsys, monkeypatch)
         Raw(429, json.dumps({"error": {"message": "pay", "code": "insufficient_quota"}})),
     ],
 )
-def test_out_of_money_stops_and_the_same_command_goes_on_5(server, questions, tmp_path, trouble):
+def test_out_of_money_stops_and_the_same_command_goes_on_5(
+    server, questions, tmp_path, trouble
+):
     server.behave = lambda request: "ok" if request.number < 5 else trouble
     with pytest.raises(SystemExit, match="(?s)no money left.*1 of 12 questions .* goes on"):
         build(questions, tmp_path, *flags(server, "--limit", 0, "--retries", 1))
@@ -270,11 +332,15 @@ def test_out_of_money_stops_and_the_same_command_goes_on_5(server, questions, tm
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_what_the_server_refuses_of_all_stops_and_goes_on_5(server, questions, tmp_path, workers):
+def test_what_the_server_refuses_of_all_stops_and_goes_on_5(
+    server, questions, tmp_path, workers
+):
     """An error that holds for all requests does not use up the questions."""
     server.behave = lambda request: Raw(400, '{"error": {"message": "no image input"}}')
     everything = ("--limit", 0, "--workers", workers)
-    with pytest.raises(SystemExit, match="(?s)10 questions in a row.*HTTP 400: .*no image input"):
+    with pytest.raises(
+        SystemExit, match="(?s)10 questions in a row.*HTTP 400: .*no image input"
+    ):
         build(questions, tmp_path, *flags(server, *everything))
     assert read_lines(tmp_path / "answers.jsonl") == [] and len(server.log) <= 12
     server.behave = lambda request: "ok"
@@ -292,7 +358,9 @@ def test_what_the_server_refuses_of_all_stops_and_goes_on_5(server, questions, t
         "<thinking>first</thinking>\n```xml\n{}\n```",
     ],
 )
-def test_thinking_and_fences_are_taken_off_in_every_step_6(server, questions, tmp_path, wrap):
+def test_thinking_and_fences_are_taken_off_in_every_step_6(
+    server, questions, tmp_path, wrap
+):
     plain = build(questions, tmp_path / "plain", *flags(server, "--limit", 1))
 
     def behave(request):
@@ -303,7 +371,9 @@ def test_thinking_and_fences_are_taken_off_in_every_step_6(server, questions, tm
     assert build(questions, tmp_path / "wrapped", *flags(server, "--limit", 1)) == plain
 
 
-@pytest.mark.parametrize("content", ["<think>Let me see", "Here it is:\n```\na wagon\n```", "```"])
+@pytest.mark.parametrize(
+    "content", ["<think>Let me see", "Here it is:\n```\na wagon\n```", "```"]
+)
 @pytest.mark.parametrize("step", range(4))
 def test_what_cannot_be_taken_off_is_rejected_at_that_step_6(
     server, questions, tmp_path, content, step
@@ -319,13 +389,18 @@ def test_what_cannot_be_taken_off_is_rejected_at_that_step_6(
     assert "code fence or unfinished thinking" in row["reason"]
 
 
-def test_a_run_without_one_good_answer_stops_6(server, questions, tmp_path, capsys, monkeypatch):
+def test_a_run_without_one_good_answer_stops_6(
+    server, questions, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(work, "LOG_EVERY", 0.0)
-    server.behave = lambda request: {"message": {"role": "assistant", "content": "I can't help."}}
+    server.behave = lambda request: {
+        "message": {"role": "assistant", "content": "I can't help."}
+    }
     with pytest.raises(SystemExit, match="10 questions in a row were rejected, .*refused"):
         build(questions, tmp_path, *flags(server, "--limit", 0, "--price-out", 10))
     assert (
-        len(server.log) <= 11 and "9 of 12 questions, 9 rejected, $0.0" in capsys.readouterr().err
+        len(server.log) <= 11
+        and "9 of 12 questions, 9 rejected, $0.0" in capsys.readouterr().err
     )
 
 
@@ -355,8 +430,14 @@ def test_max_cost_is_never_passed_18(server, tmp_path, workers, dear):
 
     server.behave = behave
     prices = ("--price-in", 1, "--price-out", 10, "--max-tokens", 500, "--max-cost", 0.05)
-    with pytest.raises(SystemExit, match=r"--max-cost 0.05 is reached: \$0.0\d+ spent") as stopped:
-        build(path, tmp_path / "o", *flags(server, *prices, "--limit", 0, "--workers", workers))
+    with pytest.raises(
+        SystemExit, match=r"--max-cost 0.05 is reached: \$0.0\d+ spent"
+    ) as stopped:
+        build(
+            path,
+            tmp_path / "o",
+            *flags(server, *prices, "--limit", 0, "--workers", workers),
+        )
     spent = sum(row["cost"] for row in read_lines(tmp_path / "o" / "answers.jsonl"))
     assert 0.05 - 0.0095 < spent <= 0.05 and f"${spent:.4f} spent" in str(stopped.value)
     assert len(server.log) == len(read_lines(tmp_path / "o" / "answers.jsonl"))
@@ -405,7 +486,17 @@ def test_a_dry_run_says_what_all_would_cost_27(questions, tmp_path, capsys):
     assert requests == 48 and 12 * 3 * 1500 < tokens_in < 12 * 3 * 1500 + 48 * 1500
     assert f"about ${(2 * tokens_in + 10 * tokens_out) / 1e6:.2f}" in said
     assert "about 0.0 hours with --workers 4, if an answer takes 5 seconds" in said
-    build(questions, tmp_path, "--teacher", "m", "--dry-run", "--limit", 0, "--per-minute", 0.1)
+    build(
+        questions,
+        tmp_path,
+        "--teacher",
+        "m",
+        "--dry-run",
+        "--limit",
+        0,
+        "--per-minute",
+        0.1,
+    )
     said = capsys.readouterr().out.splitlines()[-1]
     assert "--price-in and --price-out give dollars" in said and "about 8.0 hours" in said
 
@@ -416,7 +507,16 @@ def test_a_dry_run_says_what_all_would_cost_27(questions, tmp_path, capsys):
 def in_a_shell(server, questions, out, *more):
     """The command in a process of its own, its first request sent."""
     flags_ = map(str, flags(server, *more))
-    line = [sys.executable, "-m", "rr1.annotate", "--data", questions, "--out", out, *flags_]
+    line = [
+        sys.executable,
+        "-m",
+        "rr1.annotate",
+        "--data",
+        questions,
+        "--out",
+        out,
+        *flags_,
+    ]
     asked = len(server.log)
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     while len(server.log) == asked and process.poll() is None:
@@ -450,17 +550,26 @@ def test_a_second_ctrl_c_stops_at_once_21(server, questions, tmp_path):
 def test_an_error_in_the_questions_is_one_line_and_status_2(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"image": "0.png"}\n')
     line = [sys.executable, "-m", "rr1.annotate", "--data", tmp_path / "q.jsonl"]
-    done = subprocess.run([*line, "--out", tmp_path / "out"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*line, "--out", tmp_path / "out"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert (
-        done.stderr == f"{tmp_path}/q.jsonl:1: field 'question' is missing or of the wrong kind\n"
+        done.stderr
+        == f"{tmp_path}/q.jsonl:1: field 'question' is missing or of the wrong kind\n"
     )
 
 
 def test_questions_in_unusual_but_legal_files_25(questions, tmp_path):
     row = {"image": "0.png", "question": "a\u2028b\u0085c?", "answer": "\u2028d"}
     text = json.dumps(row, ensure_ascii=False)
-    for content in (text, "\ufeff" + text, text + "\r\n\r\n", f"\ufeff[{text}]", f"\n[\n{text}]"):
+    for content in (
+        text,
+        "\ufeff" + text,
+        text + "\r\n\r\n",
+        f"\ufeff[{text}]",
+        f"\n[\n{text}]",
+    ):
         (tmp_path / "q.jsonl").write_bytes(content.encode())
         [source] = read_questions(tmp_path / "q.jsonl", str(questions.parent))
         assert source.truth == ("a\u2028b\u0085c?", None, "d")
@@ -492,7 +601,9 @@ def test_a_key_with_a_stray_newline_works_26(server, questions, tmp_path, monkey
     assert server.log[0].key == "Bearer sk-very-secret-8191"
     for key in ("sk-\u201cquoted\u201d", "sk-two\nlines"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(SystemExit, match="OPENAI_API_KEY holds characters that no key has"):
+        with pytest.raises(
+            SystemExit, match="OPENAI_API_KEY holds characters that no key has"
+        ):
             build(questions, tmp_path, *flags(server))
 
 
@@ -512,7 +623,10 @@ def test_a_photo_is_seen_upright_and_sixteen_bits_are_scaled_7_11(server, tmp_pa
     lying.save(tmp_path / "phone.jpg", exif=exif)
     ramp = np.linspace(0, 65535, 128, dtype=np.uint16).reshape(8, 16)
     cv2.imwrite(str(tmp_path / "deep.png"), ramp)
-    rows = [{"image": name, "question": "?", "answer": "x"} for name in ("phone.jpg", "deep.png")]
+    rows = [
+        {"image": name, "question": "?", "answer": "x"}
+        for name in ("phone.jpg", "deep.png")
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     build(tmp_path / "q.jsonl", tmp_path / "out", *flags(server))
     asked = [request for request in server.log if request.step == "influence"]
@@ -542,12 +656,23 @@ def test_records_for_grpo_cost_nothing(questions, tmp_path):
         assert all(row[name] == other[name] for name in same)
         folders = (tmp_path / "free", tmp_path / "chains")
         pictures = [(folder / row["image"]).read_bytes() for folder in folders]
-        assert pictures[0] == pictures[1] and (tmp_path / "free" / row["clean_image"]).is_file()
+        assert (
+            pictures[0] == pictures[1]
+            and (tmp_path / "free" / row["clean_image"]).is_file()
+        )
     read = records.read(tmp_path / "free" / "train.jsonl")
     assert [record["length"] for record in read] == [row["length"] for row in rows]
     assert read[0]["response"] is None and read[1]["choices"] == rows[1]["choices"]
     with pytest.raises(SystemExit, match="--no-chains asks no teacher"):
-        build(questions, tmp_path / "x", "--no-chains", "--teacher", "m", "--base-url", "http://x")
+        build(
+            questions,
+            tmp_path / "x",
+            "--no-chains",
+            "--teacher",
+            "m",
+            "--base-url",
+            "http://x",
+        )
     with pytest.raises(SystemExit, match="no_chains: was False, now True"):
         build(questions, tmp_path / "chains", "--no-chains")
 
@@ -562,7 +687,15 @@ def test_a_hostile_endpoint_and_kills_together(server, questions, tmp_path):
     undisturbed = build(questions, tmp_path / "calm", *flags(server, *everything))
     rng, out = random.Random(0), tmp_path / "killed"
     server.log, server.paid, server.answers = [], [], out / "answers.jsonl"
-    trouble = [429, 500, "html", "odd", Raw(200, '{"cho'), Raw(502, "<html>"), Raw(429, "", {})]
+    trouble = [
+        429,
+        500,
+        "html",
+        "odd",
+        Raw(200, '{"cho'),
+        Raw(502, "<html>"),
+        Raw(429, "", {}),
+    ]
     server.behave = lambda request: rng.choice(trouble) if rng.random() < 0.4 else "ok"
     server.slow = 0.01
     for kill in range(4):
@@ -583,4 +716,6 @@ def test_a_hostile_endpoint_and_kills_together(server, questions, tmp_path):
     assert rows == undisturbed
     receipts = Counter(row["key"] for row in read_lines(out / "answers.jsonl"))
     assert len(receipts) == 48 and set(receipts.values()) == {1}
-    assert 48 <= len(server.paid) <= 48 + 4 * 4, "only what was under way at a kill is asked anew"
+    assert 48 <= len(server.paid) <= 48 + 4 * 4, (
+        "only what was under way at a kill is asked anew"
+    )

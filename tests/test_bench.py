@@ -41,7 +41,10 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_the_seconds_of_each_step(tmp_path):
-    rows = [{"step": i, "seconds/rollout": 2.0, "seconds/update": i, "reward": 9} for i in (1, 2)]
+    rows = [
+        {"step": i, "seconds/rollout": 2.0, "seconds/update": i, "reward": 9}
+        for i in (1, 2)
+    ]
     write_run(tmp_path / "one", 2, rows)
     assert runs.seconds(tmp_path / "one") == [3.0, 4.0]
 

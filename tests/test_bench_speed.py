@@ -53,19 +53,29 @@ def test_our_side_of_the_grpo_benchmark(tmp_path):
     assert len(steps["plain"]) == len(steps["fast"]) == 2
     for step in steps["plain"] + steps["fast"]:
         counts = step["counts"]
-        assert counts["images preprocessed"] == counts["images through the vision tower"] == 2
-        assert {counts[f"tokens projected, {phase}"] for phase in grpo.PHASES} == {2 * 4 * 8}
+        assert (
+            counts["images preprocessed"] == counts["images through the vision tower"] == 2
+        )
+        assert {counts[f"tokens projected, {phase}"] for phase in grpo.PHASES} == {
+            2 * 4 * 8
+        }
         prefilled = counts["prompt tokens prefilled"]
         assert counts["tokens through the language model, rollout"] == prefilled + 2 * 4 * 7
         assert set(step["seconds"]) == {"step", *grpo.PHASES} and step["peak_mib"] > 0
     text = grpo.report("tiny", steps | {"peer": steps["plain"]})
-    assert "| images preprocessed " in text and "| TRL / fast.py |" in text and "| 1.00 " in text
+    assert (
+        "| images preprocessed " in text
+        and "| TRL / fast.py |" in text
+        and "| 1.00 " in text
+    )
 
 
 # ---------------------------------------------------------------- bench/gpu.py
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the published config.json of Qwen2.5-VL-3B")
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="needs the published config.json of Qwen2.5-VL-3B"
+)
 def test_the_sizes_of_the_3b_model_are_those_of_its_checkpoint():
     published = Qwen2_5_VLConfig.from_pretrained(REAL).to_dict()
     ours = Qwen2_5_VLConfig(**gpu.QWEN_3B).to_dict()

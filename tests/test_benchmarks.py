@@ -26,9 +26,9 @@ from rr1.evaluation.tsv import REQUEST, damage_tsv, rows_of
 def picture(seed=0, size=40, format="PNG"):
     """A picture's base64, as a TSV holds it."""
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(
-        file, format
-    )
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    ).save(file, format)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -87,7 +87,12 @@ ROWS = [
         "answer": "yes",
         "category": "animals",
     },
-    {"index": 10, "image": picture(2, 40, "JPEG"), "question": "how many?", "answer": "two"},
+    {
+        "index": 10,
+        "image": picture(2, 40, "JPEG"),
+        "question": "how many?",
+        "answer": "two",
+    },
 ]
 
 
@@ -110,7 +115,8 @@ def test_a_tsv(tsv, tmp_path):
         == f'Question: What "is" it?\nLook well.\nOptions:\nA. a cat\nB. a dog\n{REQUEST}'
     )
     assert (
-        b["question"] == f"Hint: It barks.\nQuestion: And here?\nOptions:\nA. yes\nB. no\n{REQUEST}"
+        b["question"]
+        == f"Hint: It barks.\nQuestion: And here?\nOptions:\nA. yes\nB. no\n{REQUEST}"
     )
     assert (c["letters"], c["choices"], c["answer"]) == (
         "AC",
@@ -121,16 +127,22 @@ def test_a_tsv(tsv, tmp_path):
         a["image"] == b["image"] == a["clean_image"] and c["image"] == d["image"]
     )  # by reference, back and forth
     assert (
-        d["answer"] == "A" and e["form"] == "open" and e["choices"] is None and e["answer"] == "two"
+        d["answer"] == "A"
+        and e["form"] == "open"
+        and e["choices"] is None
+        and e["answer"] == "two"
     )
-    assert [r["id"] for r in (a, b, c, d, e)] == ["0", "7", "8", "9", "10"] and a["where"].endswith(
-        "MMTest.tsv:3"
-    )
+    assert [r["id"] for r in (a, b, c, d, e)] == ["0", "7", "8", "9", "10"] and a[
+        "where"
+    ].endswith("MMTest.tsv:3")
     assert np.array_equal(
         records.open_image(a["image"]),
         np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8),
     )
-    assert len(ROWS[3]["image"]) > 300_000 and records.open_image(d["image"]).size == (300, 300)
+    assert len(ROWS[3]["image"]) > 300_000 and records.open_image(d["image"]).size == (
+        300,
+        300,
+    )
     assert e["image"].endswith(".jpg") and sorted(
         p.suffix for p in (tmp_path / "cache").iterdir()
     ) == [".jpg", ".png", ".png"]
@@ -171,11 +183,16 @@ def test_pictures_beside_a_tsv_and_damage_of_another_make(tmp_path):
         ({"image": f"['{picture(0)}', oh]"}, "no list of pictures"),
         ({"image": "", "image_path": "../x.png"}, "out of the image folder"),
         ({"image": "", "image_path": "/etc/x.png"}, "out of the image folder"),
-        ({"image": picture(4), "index": 7}, "index 7 stands there twice, with other pictures"),
+        (
+            {"image": picture(4), "index": 7},
+            "index 7 stands there twice, with other pictures",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
-    path = write_tsv(tmp_path / "x.tsv", [ROWS[1] | {"image": picture(3)}, ROWS[0] | change])
+    path = write_tsv(
+        tmp_path / "x.tsv", [ROWS[1] | {"image": picture(3)}, ROWS[0] | change]
+    )
     with pytest.raises(
         records.DataError, match=rf"x\.tsv:4: .*{message}"
     ):  # the row's last line: its question has two
@@ -184,7 +201,14 @@ def test_a_bad_row_is_named(tmp_path, change, message):
 
 def test_which_sets_come_damaged(tmp_path):
     """By the name in R-Bench's data set and in VLMEvalKit; the references are clean."""
-    row = {"index": 1, "image": picture(0), "question": "q", "A": "a", "B": "b", "answer": "A"}
+    row = {
+        "index": 1,
+        "image": picture(0),
+        "question": "q",
+        "A": "a",
+        "B": "b",
+        "answer": "A",
+    }
     for name, graded, damaged in (
         ("R-bench-dis", False, True),
         ("R-Bench-Dis", True, True),
@@ -192,9 +216,13 @@ def test_which_sets_come_damaged(tmp_path):
         ("other", True, True),
         ("other", False, False),
     ):
-        path = write_tsv(tmp_path / f"{name}.tsv", [row | ({"strength": 2} if graded else {})])
+        path = write_tsv(
+            tmp_path / f"{name}.tsv", [row | ({"strength": 2} if graded else {})]
+        )
         (record,) = read(path, None, tmp_path)
-        assert (record["degradations"] is None) == damaged == ("clean_image" not in record), name
+        assert (
+            (record["degradations"] is None) == damaged == ("clean_image" not in record)
+        ), name
 
 
 def test_absent_cells_are_those_of_pandas(tmp_path):
@@ -214,8 +242,12 @@ def test_an_answer_that_is_no_option_is_kept_and_never_right(tmp_path):
     [job] = predictions.make_jobs([record], None, 0)
     assert [metrics.judge(job | answer(said))["score"] for said in "ABC"] == [0, 0, 0]
     bad = R_BENCH[0] | {"answer": "D"}
-    (kept, _), notes = benchmarks.read(write_r_bench(tmp_path, [bad, R_BENCH[1]]), None, tmp_path)
-    assert kept["answer"] == "D" and ["Ref_Release.csv:2" in note for note in notes] == [True]
+    (kept, _), notes = benchmarks.read(
+        write_r_bench(tmp_path, [bad, R_BENCH[1]]), None, tmp_path
+    )
+    assert kept["answer"] == "D" and ["Ref_Release.csv:2" in note for note in notes] == [
+        True
+    ]
 
 
 def test_skip_bad_leaves_rows_out_and_names_them(tmp_path):
@@ -238,7 +270,10 @@ def test_several_pictures_in_a_row(tmp_path):
     ]
     path = write_tsv(tmp_path / "x.tsv", rows)
     first, second, third = read(path, tmp_path, tmp_path / "cache")
-    assert len(first["image"]) == 2 and first["image"] == second["image"] == first["clean_image"]
+    assert (
+        len(first["image"]) == 2
+        and first["image"] == second["image"] == first["clean_image"]
+    )
     assert third["image"] == [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
     jobs = predictions.make_jobs([first], [0.5], 0)
     assert [job["shown"] for job in jobs] == ["clean"] and len(
@@ -327,13 +362,18 @@ R_BENCH = [
 def write_r_bench(folder, rows):
     (folder / "dis_image").mkdir(exist_ok=True)
     for name in "abc":
-        Image.new("RGB", (40, 40), name and "red").save(folder / "dis_image" / f"{name}.png")
+        Image.new("RGB", (40, 40), name and "red").save(
+            folder / "dis_image" / f"{name}.png"
+        )
     file = io.StringIO(newline="")
     writer = csv.DictWriter(
-        file, ["name", "question", "choice", "answer", "type", "score", "distortion", "strength"]
+        file,
+        ["name", "question", "choice", "answer", "type", "score", "distortion", "strength"],
     )
     writer.writeheader()
-    writer.writerows([{"score": "[1, 1, 1, 1, 0]", "distortion": "jpeg"} | row for row in rows])
+    writer.writerows(
+        [{"score": "[1, 1, 1, 1, 0]", "distortion": "jpeg"} | row for row in rows]
+    )
     (folder / "Ref_Release.csv").write_bytes(file.getvalue().encode("gb18030"))
     return folder / "Ref_Release.csv"
 
@@ -390,7 +430,10 @@ def test_r_bench_in_utf_8_and_with_full_width_marks(tmp_path):
     path = write_r_bench(tmp_path, [R_BENCH[0] | {"choice": choice}, R_BENCH[1]])
     path.write_bytes(path.read_bytes().decode("gb18030").encode("utf-8"))
     mcq, vqa = read(path, None, tmp_path)
-    assert mcq["choices"] == ["red", "orange", "yellow"] and vqa["answer"] == R_BENCH[1]["answer"]
+    assert (
+        mcq["choices"] == ["red", "orange", "yellow"]
+        and vqa["answer"] == R_BENCH[1]["answer"]
+    )
     path.write_bytes(b"\xff" + path.read_bytes())
     with pytest.raises(records.DataError, match="neither UTF-8 nor GB18030"):
         read(path, None, tmp_path)
@@ -407,14 +450,22 @@ def test_r_benchs_distortions_have_names():
 
 def test_a_category_that_begins_with_a_digit(tmp_path):
     rows = [row | {"category": f"{i + 2}D Rotation"} for i, row in enumerate(ROWS[:2])]
-    jobs = predictions.make_jobs(read(write_tsv(tmp_path / "x.tsv", rows), None, tmp_path), None, 0)
+    jobs = predictions.make_jobs(
+        read(write_tsv(tmp_path / "x.tsv", rows), None, tmp_path), None, 0
+    )
     text = report.as_text({"a": report.of_model([job | answer("B") for job in jobs])})
     assert "| 2D Rotation " in text and "| 3D Rotation " in text
 
 
 def test_a_model_taught_by_index_is_asked_by_index(tmp_path):
     """Of ["2", "3", "4", "1"] the answer 3 is B to one model, and D to another."""
-    row = {"index": 1, "image": picture(0), "question": "how many?", "answer": "D", "hint": "Look."}
+    row = {
+        "index": 1,
+        "image": picture(0),
+        "question": "how many?",
+        "answer": "D",
+        "hint": "Look.",
+    }
     row |= {"A": "2", "B": "3", "C": "4", "D": "1"}
     found = read(write_tsv(tmp_path / "x.tsv", [row]), None, tmp_path)
     [letter] = predictions.make_jobs(found, None, 0, by_letter=True)
@@ -474,8 +525,14 @@ def test_a_okvqa_is_asked_with_and_without_its_choices(tmp_path):
     for said, score in (("Train.", 1), ("tram", 2 / 3), ("rail", 1 / 3), ("a train", 0)):
         assert metrics.judge(jobs[2] | answer(said))["score"] == pytest.approx(score)
     found = report.of_model([job | answer("train") for job in jobs])
-    assert found["table_2"]["clean"]["value"] == found["others"]["direct"]["clean"]["value"] == 1
-    assert found["table_2"]["clean"]["n"] == 2 and found["others"]["direct"]["0.5"]["n"] == 1
+    assert (
+        found["table_2"]["clean"]["value"]
+        == found["others"]["direct"]["clean"]["value"]
+        == 1
+    )
+    assert (
+        found["table_2"]["clean"]["n"] == 2 and found["others"]["direct"]["0.5"]["n"] == 1
+    )
 
 
 # ---------------------------------------------------------------- answers
@@ -547,7 +604,8 @@ def test_the_letter_after_answer_is_stands_alone():
 
 
 @pytest.mark.parametrize(
-    "said, letter", [("2", "A"), ("4", "C"), ("1", None), ("0", None), ("C", "C"), ("3. ", "B")]
+    "said, letter",
+    [("2", "A"), ("4", "C"), ("1", None), ("0", None), ("C", "C"), ("3. ", "B")],
 )
 def test_among_numbers_a_number_is_a_text_and_not_an_index(said, letter):
     assert scores.read_choice(said, {"A": "2", "B": "3", "C": "4"}) == letter
@@ -558,7 +616,9 @@ def test_the_answer_part_comes_first():
     assert (
         scores.read_choice(chain, {"A": "x", "B": "y"}) is None
     )  # the public rule alone cannot read a chain
-    assert scores.find_answer(chain, "choice") == scores.find_answer(chain, "caption") == "B"
+    assert (
+        scores.find_answer(chain, "choice") == scores.find_answer(chain, "caption") == "B"
+    )
     torn = render(Chain([("noise", 0.5)], "A veil", "a cat", "a cat sits"))
     assert (
         scores.find_answer(torn, "choice") is None
@@ -574,9 +634,10 @@ def test_proxies_by_hand():
     )
     assert scores.rouge_l("c a b", "a b c") == pytest.approx(2 * 2 / 6)
     row = {"form": "open", "answer": "No"}
-    assert scores.score_benchmark("no, it is not", row) == (1, True) and scores.score_benchmark(
-        "nothing", row
-    ) == (0, True)
+    assert scores.score_benchmark("no, it is not", row) == (
+        1,
+        True,
+    ) and scores.score_benchmark("nothing", row) == (0, True)
     assert scores.score_benchmark(" ", row) == (0, False)
     row = {"form": "caption", "references": ["a dog", "two cats"], "answer": "a dog"}
     assert scores.score_benchmark("a dog", row)[0] == pytest.approx((1 + 0) / 2)
@@ -584,7 +645,9 @@ def test_proxies_by_hand():
 
 def test_the_report_of_r_bench(tmp_path):
     """Nine cells by its own strength, proxies marked, nothing said of damage that is not known."""
-    jobs = predictions.make_jobs(read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), [0.5], 0)
+    jobs = predictions.make_jobs(
+        read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), [0.5], 0
+    )
     assert [(job["shown"], job["degradations"], job["strength"]) for job in jobs] == [
         ("as is", None, "low"),
         ("as is", None, "mid"),
@@ -595,7 +658,8 @@ def test_the_report_of_r_bench(tmp_path):
         for a in ("Q", "a caf\u00e9 \u94f6\u884c", "a dog runs")
     ]
     rows = [
-        json.loads(json.dumps(job)) | answer(text, plain=False) for job, text in zip(jobs, said)
+        json.loads(json.dumps(job)) | answer(text, plain=False)
+        for job, text in zip(jobs, said)
     ]
     found = report.of_model(rows)
     table = found["table_1"]
@@ -633,7 +697,9 @@ def test_the_report_of_r_bench(tmp_path):
 # ---------------------------------------------------------------- evaluate.py, damaged copies
 
 
-def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monkeypatch, capsys):
+def test_evaluate_on_a_tsv_and_its_damaged_copy(
+    tsv, tmp_path, checkpoint, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     ask = [
         "--models",
@@ -663,9 +729,14 @@ def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monke
     )
     assert "Table 1" not in text
     rows = {
-        row["key"]: row for row in predictions.read_predictions(tmp_path / "runs/eval-MMTest/rl")
+        row["key"]: row
+        for row in predictions.read_predictions(tmp_path / "runs/eval-MMTest/rl")
     }
-    assert len(rows) == 15 and {row["shown"] for row in rows.values()} == {"clean", "0.25", "1"}
+    assert len(rows) == 15 and {row["shown"] for row in rows.values()} == {
+        "clean",
+        "0.25",
+        "1",
+    }
     assert (
         rows["3 clean"]["answer"] == "B"
         and rows["3 clean"]["letters"] == "AB"
@@ -681,7 +752,11 @@ def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monke
         assert damage == tuple(rows[f"{row['number']} 1"]["degradations"][0].values())
         assert row["seed"] == str(rows[f"{row['number']} 1"]["damage_seed"])
     [job] = predictions.make_jobs(hurt[:1], [1.0], 0)
-    assert (job["shown"], job["damage_seed"], job["seed"]) == ("as is", None, hurt[0]["seed"])
+    assert (job["shown"], job["damage_seed"], job["seed"]) == (
+        "as is",
+        None,
+        hurt[0]["seed"],
+    )
     level = report.of_model([job | answer("B")])["table_1"]["choice medium"]
     assert (level["value"], level["n"]) == (1, 1)
     for row, (key, source) in zip(
@@ -696,7 +771,8 @@ def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monke
             clean = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
             assert (
                 np.array_equal(
-                    shown, degrade(clean, [tuple(damage.values())], rows[key]["damage_seed"])
+                    shown,
+                    degrade(clean, [tuple(damage.values())], rows[key]["damage_seed"]),
                 )
                 and damage["intensity"] == 1
             )
@@ -718,7 +794,10 @@ def test_damage_that_fails_leaves_nothing(tsv, tmp_path):
     write_tsv(bad, [ROWS[0], ROWS[1] | {"image": "a" * 101}])
     cut.write_bytes(tsv.read_bytes()[:-40])
     for source, message in (
-        (tmp_path / "hurt.tsv", "hurt.tsv:3: a column degradation: this is a damaged copy already"),
+        (
+            tmp_path / "hurt.tsv",
+            "hurt.tsv:3: a column degradation: this is a damaged copy already",
+        ),
         (bad, "bad.tsv:4: image is not base64"),
         (cut, "cut.tsv:7: has not the"),
     ):
@@ -745,7 +824,9 @@ def test_the_damage_command(tsv, tmp_path, capsys):
     benchmarks.main(ask)
     first = (tmp_path / "out.tsv").read_bytes()
     benchmarks.main(ask)
-    assert (tmp_path / "out.tsv").read_bytes() == first and "written: " in capsys.readouterr().out
+    assert (
+        tmp_path / "out.tsv"
+    ).read_bytes() == first and "written: " in capsys.readouterr().out
     benchmarks.main([*ask, "--seed", "1"])
     assert (tmp_path / "out.tsv").read_bytes() != first
     for source, target, levels in (
@@ -777,7 +858,9 @@ class Judge(BaseHTTPRequestHandler):
         if status == 429:
             self.send_header("Retry-After", self.server.wait)
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
+        self.wfile.write(
+            json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+        )
 
     def log_message(self, *_):
         pass
@@ -798,7 +881,9 @@ def judge():
 
 def test_r_benchs_own_votes(judge, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    jobs = predictions.make_jobs(read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0)
+    jobs = predictions.make_jobs(
+        read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0
+    )
     rows = [job | answer(text) for job, text in zip(jobs, ("B", "a caf\u00e9", "a dog"))]
     judge.reply = lambda text: (
         "1."
@@ -809,9 +894,11 @@ def test_r_benchs_own_votes(judge, tmp_path, monkeypatch, capsys):
     )
     votes.vote(rows, judge.url + "/", "gpt-3.5-turbo", tmp_path / "votes.jsonl")
     assert [row["votes"] for row in rows] == [[1] * 5, [2] * 5, [2, 1, 1, 1, 1]]
-    assert [metrics.judge(row)["score"] for row in rows] == [1, 1, 6 / 10] and report.of_model(
-        rows
-    )["table_1"]["overall"]["by"] == "votes"
+    assert [metrics.judge(row)["score"] for row in rows] == [
+        1,
+        1,
+        6 / 10,
+    ] and report.of_model(rows)["table_1"]["overall"]["by"] == "votes"
     assert len(judge.asked) == 15 and judge.asked[0][:3] == (
         "/v1/chat/completions",
         "Bearer secret-key",
@@ -828,20 +915,26 @@ def test_r_benchs_own_votes(judge, tmp_path, monkeypatch, capsys):
     assert (
         again[0]["votes"] == [None] * 5 and len(judge.asked) == 25
     )  # asked once more each, then unread
-    assert [(metrics.judge(row)["score"], metrics.judge(row)["parsed"]) for row in again] == [
-        (0, False)
-    ] * 2
+    assert [
+        (metrics.judge(row)["score"], metrics.judge(row)["parsed"]) for row in again
+    ] == [(0, False)] * 2
     judge.reply = lambda text: None
     with pytest.raises(SystemExit, match="401.*kept") as error:
         votes.vote(
-            [rows[1] | answer("other")], judge.url, "gpt-3.5-turbo", tmp_path / "votes.jsonl"
+            [rows[1] | answer("other")],
+            judge.url,
+            "gpt-3.5-turbo",
+            tmp_path / "votes.jsonl",
         )
     with pytest.raises(SystemExit, match="expected an address"):
         votes.vote(rows, "file:///etc/passwd", "m", tmp_path / "votes.jsonl")
     said = capsys.readouterr()
     assert (
         "secret-key"
-        not in str(error.value) + said.out + said.err + (tmp_path / "votes.jsonl").read_text()
+        not in str(error.value)
+        + said.out
+        + said.err
+        + (tmp_path / "votes.jsonl").read_text()
     )
 
 
@@ -864,7 +957,9 @@ def test_a_busy_judge_is_waited_for_and_one_lost_vote_ends_nothing(
     judge, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-    jobs = predictions.make_jobs(read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0)
+    jobs = predictions.make_jobs(
+        read(write_r_bench(tmp_path, R_BENCH), None, tmp_path), None, 0
+    )
     rows = [job | answer("B") for job in jobs[:2]]
     judge.reply = lambda text: "1"
     judge.statuses = [429, 429, 429] + [200] * 4 + [400]  # the eighth is refused for good

@@ -36,7 +36,11 @@ def shifted(packed):
 
 
 WRONG = {
-    "the mask lets a response see another": (vlm, "attention_mask", lambda owner, dtype: None),
+    "the mask lets a response see another": (
+        vlm,
+        "attention_mask",
+        lambda owner, dtype: None,
+    ),
     "the second response is one place too far": (
         vlm,
         "pack",

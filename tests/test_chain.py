@@ -67,9 +67,15 @@ def test_none_is_left_out_and_empty_is_kept():
 
 def test_the_constructor_normalises():
     chain = Chain(
-        [("Lens_Blur", 0.474), ("JPEG Compression", 1), ("  Fog\nbank ", 0.5)], " a\nb ", answer=2
+        [("Lens_Blur", 0.474), ("JPEG Compression", 1), ("  Fog\nbank ", 0.5)],
+        " a\nb ",
+        answer=2,
     )
-    assert chain.degradations == [("lens blur", 0.47), ("compression", 1.0), ("fog bank", 0.5)]
+    assert chain.degradations == [
+        ("lens blur", 0.47),
+        ("compression", 1.0),
+        ("fog bank", 0.5),
+    ]
     assert all(isinstance(instance, Degradation) for instance in chain.degradations)
     assert (chain.influence, chain.answer) == ("a\nb", "2")
 
@@ -103,7 +109,9 @@ def test_too_many_degradations_are_refused_and_not_read():
 # ---------------------------------------------------------------- parse(render(c)) == c
 
 texts = st.none() | st.text() | st.text(alphabet="<>_TYPEND (),.01\n\t")
-numbers = st.floats(0, 1) | st.integers(-3, 3) | st.floats(allow_nan=False, allow_infinity=False)
+numbers = (
+    st.floats(0, 1) | st.integers(-3, 3) | st.floats(allow_nan=False, allow_infinity=False)
+)
 known = st.sampled_from([*DEGRADATIONS, "JPEG compression", "gaussian_noise"])
 names = known | st.text(min_size=1, max_size=20)
 
@@ -117,13 +125,17 @@ def chains(draw):
     try:
         return Chain(*parts)
     except ValueError:  # a tag in a text, a bracket in a name: shown above to be refused
-        return Chain([], *(part if part is None else part.replace("<", "") for part in parts[1:]))
+        return Chain(
+            [], *(part if part is None else part.replace("<", "") for part in parts[1:])
+        )
 
 
 @settings(max_examples=400, **STEADY)
 @given(chains())
 @example(
-    Chain([("noise", 1.004), ("noise", -0.001), ("noise", 1e300), ("x", 5e-324), ("y", -1e-7)])
+    Chain(
+        [("noise", 1.004), ("noise", -0.001), ("noise", 1e300), ("x", 5e-324), ("y", -1e-7)]
+    )
 )
 @example(
     Chain(
@@ -147,7 +159,9 @@ def test_parse_inverts_render(chain):
 def test_what_is_rendered_from_known_types_is_well_formed(degradations, text):
     assert is_well_formed(render(Chain(degradations, text, text, text)))
     assert is_well_formed(
-        "  " + render(Chain(degradations, text, text, text, text)).replace("\n<", "<") + "\n"
+        "  "
+        + render(Chain(degradations, text, text, text, text)).replace("\n<", "<")
+        + "\n"
     )
 
 
@@ -155,13 +169,16 @@ def test_what_is_rendered_from_known_types_is_well_formed(degradations, text):
 
 
 def test_aliases_in_any_case_with_underscores():
-    written = "JPEG_Compression(0.5), Block exchange (0.25) ,mean   shift(.1),Gaussian Noise( 1 )"
+    written = (
+        "JPEG_Compression(0.5), Block exchange (0.25) ,mean   shift(.1),Gaussian Noise( 1 )"
+    )
     assert parse(f"<TYPE>{written}<TYPE_END>").degradations == [
         ("compression", 0.5), ("block change", 0.25), ("shifting", 0.1), ("noise", 1.0),
     ]  # fmt: skip
     assert is_well_formed(f"<TYPE>{written}<TYPE_END>{REST}")
     assert all(
-        name == canonical(name) for name, _ in parse(f"<TYPE>{written}<TYPE_END>").degradations
+        name == canonical(name)
+        for name, _ in parse(f"<TYPE>{written}<TYPE_END>").degradations
     )
 
 
@@ -214,7 +231,9 @@ def test_repeated_sections():
     for line in TEXT.split("\n"):
         again = TEXT.replace(line, line + "\n" + line)
         assert parse(again) == CHAIN and not is_well_formed(again)
-    assert parse("<ANSWER>0<ANSWER_END><ANSWER>1<ANSWER_END>").answer == "0"  # the first counts
+    assert (
+        parse("<ANSWER>0<ANSWER_END><ANSWER>1<ANSWER_END>").answer == "0"
+    )  # the first counts
     assert parse("<ANSWER><ANSWER>1<ANSWER_END>").answer == "1"
 
 
@@ -224,7 +243,9 @@ def test_sections_out_of_order():
         for j in range(i):
             swapped = lines.copy()
             swapped[i], swapped[j] = swapped[j], swapped[i]
-            assert parse("\n".join(swapped)) == CHAIN and not is_well_formed("\n".join(swapped))
+            assert parse("\n".join(swapped)) == CHAIN and not is_well_formed(
+                "\n".join(swapped)
+            )
 
 
 def test_words_outside_the_sections():
@@ -245,8 +266,12 @@ def test_every_prefix_of_a_chain_is_read():
     for cut in range(len(TEXT)):
         chain = parse(TEXT[:cut])
         closed = [name for name in SECTIONS if f"<{name}_END>" in TEXT[:cut]]
-        assert (chain.answer is None) and (chain.conclusion is None) == ("CONCLUSION" not in closed)
-        assert is_well_formed(TEXT[:cut]) == (TEXT[:cut].rstrip().endswith("<CONCLUSION_END>"))
+        assert (chain.answer is None) and (chain.conclusion is None) == (
+            "CONCLUSION" not in closed
+        )
+        assert is_well_formed(TEXT[:cut]) == (
+            TEXT[:cut].rstrip().endswith("<CONCLUSION_END>")
+        )
 
 
 # ---------------------------------------------------------------- anything at all, within 10 ms
@@ -256,7 +281,19 @@ SIZE = 100_000
 
 def hostile_texts():
     rng = random.Random(0)
-    soup = [*TAGS, "noise(0.2)", ", ", "(", ")", "<", ">", "\n", "lens blur", "0.5", "x" * 30]
+    soup = [
+        *TAGS,
+        "noise(0.2)",
+        ", ",
+        "(",
+        ")",
+        "<",
+        ">",
+        "\n",
+        "lens blur",
+        "0.5",
+        "x" * 30,
+    ]
     yield "random bytes", rng.randbytes(SIZE).decode("latin-1")
     yield "random bytes, UTF-8", rng.randbytes(SIZE).decode("utf-8", "replace")
     yield "random code points", "".join(chr(rng.randrange(0x110000)) for _ in range(SIZE))
@@ -269,8 +306,20 @@ def hostile_texts():
     torn = ("<TYPE>", "<TYPE_END>", "<", "<TYPE", "<TYPE_END", " ", "<ANSWER><ANSWER_END>")
     for piece in (*torn, "<TYPE_END><TYPE>"):
         yield f"only {piece!r}", (piece * SIZE)[:SIZE]
-    for piece in (*"(), a9", "()", "a(0),", "noise(0.20), ", "noise(", "0.2),", "(,)", "1e"):
-        yield f"TYPE full of {piece!r}", "<TYPE>" + (piece * SIZE)[:SIZE] + "<TYPE_END>" + REST
+    for piece in (
+        *"(), a9",
+        "()",
+        "a(0),",
+        "noise(0.20), ",
+        "noise(",
+        "0.2),",
+        "(,)",
+        "1e",
+    ):
+        yield (
+            f"TYPE full of {piece!r}",
+            "<TYPE>" + (piece * SIZE)[:SIZE] + "<TYPE_END>" + REST,
+        )
         yield f"TYPE full of {piece!r}, open", "<TYPE>" + (piece * SIZE)[:SIZE]
     for inside in (
         "9" * SIZE,
@@ -285,7 +334,9 @@ def hostile_texts():
     yield "invented types", f"<TYPE>{', '.join(invented)}<TYPE_END>{REST}"
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in hostile_texts()])
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, id=name) for name, text in hostile_texts()]
+)
 def test_any_text_within_10_ms(text):
     for function in (parse, is_well_formed):
         seconds = []
@@ -316,7 +367,10 @@ def test_parse_never_raises(pieces):
 def test_the_prompt_asks_for_the_sections_in_order():
     prompt = build_prompt("What are these?", ["trucks", "wagons", "jeeps", "cars"])
     question, choices, instruction = prompt.split("\n")
-    assert (question, choices) == ("What are these?", "0. trucks 1. wagons 2. jeeps 3. cars")
+    assert (question, choices) == (
+        "What are these?",
+        "0. trucks 1. wagons 2. jeeps 3. cars",
+    )
     places = [instruction.index(name) for name in SECTIONS]
     assert places == sorted(places) and len(instruction.split()) <= 12
     assert (

@@ -162,7 +162,13 @@ def test_what_is_missing_is_named(runs, tmp_path):
         match="paper-1/predictions.jsonl is not there: python evaluate.py --models paper-1=",
     ):
         compare.main(
-            [str(runs[1]), "--evaluation", str(tmp_path / "eval"), "--out", str(tmp_path / "out")]
+            [
+                str(runs[1]),
+                "--evaluation",
+                str(tmp_path / "eval"),
+                "--out",
+                str(tmp_path / "out"),
+            ]
         )
 
 

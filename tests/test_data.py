@@ -65,8 +65,14 @@ def write(folder, *lines):
 def test_a_released_record(tmp_path):
     (record,) = read(write(tmp_path, line()))
     assert record["image"] == str(tmp_path / "images/7.png") and record["id"] == "7"
-    assert record["question"] == "what is it?\n0. cat 1. car" and record["response"] == CHAIN
-    assert record["chain"].degradations == record["degradations"] == [Degradation("noise", 0.2)]
+    assert (
+        record["question"] == "what is it?\n0. cat 1. car" and record["response"] == CHAIN
+    )
+    assert (
+        record["chain"].degradations
+        == record["degradations"]
+        == [Degradation("noise", 0.2)]
+    )
     assert record["answer"] == "1" and record["choices"] is None
     assert record["where"].endswith("train.jsonl:1")
 
@@ -115,7 +121,10 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
         (line(conversations=None), "'conversations'.*missing"),
         (line(conversations=[{"from": "human", "value": "why?"}]), "'gpt'.*missing"),
         (line(conversations=[{"role": "user", "content": "why?"}]), "'gpt'.*missing"),
-        (line(conversations=[{"from": "human", "text": "why?"}]), "a turn of 'human' says 'None'"),
+        (
+            line(conversations=[{"from": "human", "text": "why?"}]),
+            "a turn of 'human' says 'None'",
+        ),
         (line(conversations=[{"from": "tool", "value": "7"}]), "a turn of 'tool'"),
         (line(conversations=[{"from": "human", "value": "a"}] * 2), "a turn of 'human'"),
         (
@@ -265,7 +274,9 @@ TORN = CHAIN.replace("<TYPE_END>", "</TYPE>")
         ("2", [("noise", 0.2)], ["len"], "the length to aim for is None"),
     ],
 )
-def test_a_reward_needs_a_truth_that_can_be_read(tmp_path, response, known, rewards, message):
+def test_a_reward_needs_a_truth_that_can_be_read(
+    tmp_path, response, known, rewards, message
+):
     if known is not None:
         known = [{"type": tau, "intensity": s} for tau, s in known]
     said = turns("<image>what?", response)
@@ -284,7 +295,10 @@ def test_a_hugging_face_data_set_is_read_as_it_is(tmp_path, monkeypatch, form):
     picture = io.BytesIO()
     Image.new("RGB", (8, 6), (9, 8, 7)).save(picture, "png")
     inside = {"bytes": picture.getvalue(), "path": "some.png"}
-    rows = [{"images": [inside] * (i + 1), "messages": said(i), "answer": None} for i in range(2)]
+    rows = [
+        {"images": [inside] * (i + 1), "messages": said(i), "answer": None}
+        for i in range(2)
+    ]
     features = datasets.Features(
         images=[datasets.Image()],
         messages=[{"role": datasets.Value("string"), "content": datasets.Value("string")}],
@@ -324,7 +338,9 @@ def said(i):
 def test_a_parquet_file_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(SystemExit, match="x.parquet: reading this needs `pip install datasets`"):
+    with pytest.raises(
+        SystemExit, match="x.parquet: reading this needs `pip install datasets`"
+    ):
         read(tmp_path / "x.parquet")
 
 
@@ -344,7 +360,9 @@ def test_nothing_may_follow_a_list(tmp_path):
     for more in (f"[{line()}]", "junk", line()):
         path = tmp_path / "x.json"
         path.write_text(f"[{line()}]\n{more}\n")
-        with pytest.raises(DataError, match=r"x\.json: not JSON .*Extra data: line 2 column 1"):
+        with pytest.raises(
+            DataError, match=r"x\.json: not JSON .*Extra data: line 2 column 1"
+        ):
             read(path)
 
 
@@ -366,13 +384,17 @@ def test_a_okvqa_beside_a_coco_folder(tmp_path):
         "difficult_direct_answer": False,
         "rationales": ["A train would not be on the street.", "b", "c"],
     }
-    test = {key: item[key] for key in ("image_id", "question_id", "question", "choices")} | {
-        "split": "test"
-    }
-    (tmp_path / "a.json").write_text(json.dumps([item, test, item | {"image": "own/7.jpg"}]))
+    test = {
+        key: item[key] for key in ("image_id", "question_id", "question", "choices")
+    } | {"split": "test"}
+    (tmp_path / "a.json").write_text(
+        json.dumps([item, test, item | {"image": "own/7.jpg"}])
+    )
     train, test, own = read(tmp_path / "a.json", tmp_path / "coco")
     assert (
-        train["image"] == train["clean_image"] == str(tmp_path / "coco/train2017/000000299207.jpg")
+        train["image"]
+        == train["clean_image"]
+        == str(tmp_path / "coco/train2017/000000299207.jpg")
     )
     assert (
         train["question"]
@@ -398,7 +420,9 @@ def test_skip_bad_says_what_it_left_out(tmp_path):
     )
     assert [r["id"] for r in found] == ["a", "c"] and [r["number"] for r in found] == [1, 4]
     assert [why.partition(": ")[0].rpartition(":")[2] for why in found.bad] == ["2", "3"]
-    with pytest.raises(DataError, match="no records that can be used; the first: .*:1: not JSON"):
+    with pytest.raises(
+        DataError, match="no records that can be used; the first: .*:1: not JSON"
+    ):
         read(write(tmp_path, "{broken"), skip_bad=True)
 
 
@@ -426,7 +450,9 @@ def test_many_records_are_offsets_and_parsed_when_asked_for(tmp_path, monkeypatc
     assert not parsed
     tracemalloc.stop()
     assert abs(len(rl) - 2250) < 100 and rl[7]["id"] == rl.ids[7] and len(parsed) == 1
-    assert [r["id"] for r in found[5:8]] == ["r5", "r6", "r7"] and found[-1]["id"] == "r2999"
+    assert [r["id"] for r in found[5:8]] == ["r5", "r6", "r7"] and found[-1][
+        "id"
+    ] == "r2999"
     assert data.split(found[:40], "rl").ids == [id for id in rl.ids if int(id[1:]) < 40]
 
 
@@ -493,7 +519,9 @@ def test_no_records_to_train_on_is_said(tmp_path):
 def test_open_image(tmp_path):
     Image.new("L", (5, 4), 9).save(tmp_path / "grey.png")
     image = open_image(tmp_path / "grey.png")
-    assert image.mode == "RGB" and image.size == (5, 4) and image.getpixel((0, 0)) == (9, 9, 9)
+    assert (
+        image.mode == "RGB" and image.size == (5, 4) and image.getpixel((0, 0)) == (9, 9, 9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -568,12 +596,16 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
 def test_a_picture_that_cannot_be_used_is_named_by_line(tmp_path, processor):
     (tmp_path / "images").mkdir()
     (record,) = read(write(tmp_path, line()))
-    with pytest.raises(DataError, match=r"train\.jsonl:1: .*7\.png: cannot be read as an image"):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:1: .*7\.png: cannot be read as an image"
+    ):
         data.load_batch([record], processor)
     Image.new("RGB", (112, 224)).save(record["image"])
     grid = data.load_batch([record], processor).grid_thw
     assert processor.image_tokens(112, 224) == processor.visual_tokens(grid)[0]
-    with pytest.raises(DataError, match=r"train\.jsonl:1: .*more than --max-image-tokens 9"):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:1: .*more than --max-image-tokens 9"
+    ):
         data.load_batch([record], processor, 9)
     Image.new("RGB", (1000, 2)).save(record["image"])
     with pytest.raises(DataError, match=r"train\.jsonl:1: .*ratio"):
@@ -586,7 +618,9 @@ def test_a_picture_that_cannot_be_used_is_named_by_line(tmp_path, processor):
 def test_load_batch_reads_what_the_records_name(world_folder, processor):
     records = read(world_folder / "train.jsonl")[:3]
     batch = data.load_batch(records, processor)
-    assert batch.grid_thw.tolist() == [[1, 8, 8]] * 3 and batch.pixel_values.shape[0] == 3 * 64
+    assert (
+        batch.grid_thw.tolist() == [[1, 8, 8]] * 3 and batch.pixel_values.shape[0] == 3 * 64
+    )
     for row, record in zip(batch.ids, records):
         assert row.count(processor.image_token_id) == 16
         assert record["question"] in processor.tokenizer.decode(row)
@@ -625,7 +659,10 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
     end = [processor.end_id]
     answer = processor.tokenizer(answered["chain"].answer)["input_ids"]
     assert data.response_ids(answered, processor, plain=True) == answer + end
-    assert data.response_ids(silent, processor) == processor.tokenizer("a cat")["input_ids"] + end
+    assert (
+        data.response_ids(silent, processor)
+        == processor.tokenizer("a cat")["input_ids"] + end
+    )
     with pytest.raises(DataError, match=r"train\.jsonl:2: there is no answer"):
         data.response_ids(silent, processor, plain=True)
     for nothing in (None, ""):
@@ -641,14 +678,19 @@ def test_the_length_to_aim_for(processor, tmp_path):
     chain, stated, without = read(write(tmp_path, *lines))
     tokens = len(processor.tokenizer(CHAIN)["input_ids"])
     assert data.true_length(chain, processor) == tokens  # without the end of turn
-    assert (data.true_length(stated, processor), data.true_length(without, processor)) == (31, 7)
+    assert (data.true_length(stated, processor), data.true_length(without, processor)) == (
+        31,
+        7,
+    )
     with pytest.raises(DataError, match=r"train\.jsonl:3: there is no chain"):
         data.response_ids(without, processor)
 
 
 def test_usable_raises_the_first_bad_record_or_leaves_it_out(tmp_path, capsys):
     said = turns("<image>what?", "a cat")
-    found = read(write(tmp_path, line(id="a"), line(id="b", conversations=said), line(id="c")))
+    found = read(
+        write(tmp_path, line(id="a"), line(id="b", conversations=said), line(id="c"))
+    )
     rt = runtime.Runtime()
 
     def check(record):
@@ -659,7 +701,9 @@ def test_usable_raises_the_first_bad_record_or_leaves_it_out(tmp_path, capsys):
     assert data.usable(found, check, rt, tmp_path).ids == ["a", "c"]
     assert "1 bad records are left out" in capsys.readouterr().out
     listed = json.loads((tmp_path / "skipped.json").read_text())
-    assert list(listed["records"]) == ["1"] and "train.jsonl:2: what" in listed["records"]["1"]
+    assert (
+        list(listed["records"]) == ["1"] and "train.jsonl:2: what" in listed["records"]["1"]
+    )
     tried = []
     assert data.usable(found, tried.append, rt, tmp_path).ids == ["a", "c"]  # by the file
     assert not tried and data.usable(found[:1], check, rt).ids == ["a"]
@@ -675,7 +719,9 @@ def test_a_prompt_longer_than_the_model_is_named(processor, checkpoint, tmp_path
     first, second = map(len, batch.ids)
     model.config.text_config.max_position_embeddings = second + 10
     data.check_room(model, found, batch, [10, 10])
-    with pytest.raises(DataError, match=rf"train\.jsonl:2: {second} tokens of prompt and 11 of"):
+    with pytest.raises(
+        DataError, match=rf"train\.jsonl:2: {second} tokens of prompt and 11 of"
+    ):
         data.check_room(model, found, batch, [11, 11])
 
 
@@ -689,7 +735,14 @@ def test_errors_of_data_are_told_once_under_torchrun(tmp_path):
         "    raise records.DataError('train.jsonl:2: not JSON')\n"
     )
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        script,
+    ]
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stderr.count("train.jsonl:2: not JSON") == 1
@@ -790,7 +843,9 @@ def test_prefetch_raises_where_the_step_is_due(workers):
 def test_reading_a_record_needs_no_plot_and_no_evaluation():
     code = "import sys, rr1.data; print(*sorted(sys.modules))"
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True
+    )
     modules = done.stdout.split()
     assert "rr1.records" in modules
     unwanted = ("matplotlib", "rr1.evaluation", "rr1.u1", "rr1.annotate", "rr1.run_folder")

@@ -29,7 +29,13 @@ from degrade import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-DETERMINISTIC = {"lens blur", "saturation", "compression", "color diffusion", "sharpness change"}
+DETERMINISTIC = {
+    "lens blur",
+    "saturation",
+    "compression",
+    "color diffusion",
+    "sharpness change",
+}
 AT_THE_PIXEL = {
     "noise",
     "compression",
@@ -43,7 +49,9 @@ def drawn_picture() -> np.ndarray:
     """(112, 112, 3): two shapes on a textured ground."""
     rng = np.random.default_rng(0)
     ground = cv2.resize(
-        rng.normal(0, 12, (14, 14)).astype(np.float32), (112, 112), interpolation=cv2.INTER_CUBIC
+        rng.normal(0, 12, (14, 14)).astype(np.float32),
+        (112, 112),
+        interpolation=cv2.INTER_CUBIC,
     )
     image = np.clip(ground[..., None] + [150, 130, 105], 0, 255).astype(np.uint8)
     cv2.circle(image, (40, 44), 22, (200, 40, 50), -1, cv2.LINE_AA)
@@ -63,7 +71,9 @@ def photos() -> dict[str, np.ndarray]:
 
 def small(photo: np.ndarray, width: int = 144) -> np.ndarray:
     return cv2.resize(
-        photo, (width, round(len(photo) * width / photo.shape[1])), interpolation=cv2.INTER_AREA
+        photo,
+        (width, round(len(photo) * width / photo.shape[1])),
+        interpolation=cv2.INTER_AREA,
     )
 
 
@@ -82,9 +92,16 @@ def picture(request) -> np.ndarray:
 def test_sixteen_ops_in_the_papers_four_stages():
     assert list(STAGES) == ["acquisition", "transmission", "environment", "postprocessing"]
     assert [name for names in STAGES.values() for name in names] == list(DEGRADATIONS)
-    assert len(DEGRADATIONS) == 16 and [len(names) for names in STAGES.values()] == [5, 4, 4, 3]
+    assert len(DEGRADATIONS) == 16 and [len(names) for names in STAGES.values()] == [
+        5,
+        4,
+        4,
+        3,
+    ]
     for op in DEGRADATIONS.values():
-        assert "s:" in op.__doc__, f"the docstring of {op.__name__} does not say what s means"
+        assert "s:" in op.__doc__, (
+            f"the docstring of {op.__name__} does not say what s means"
+        )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +150,8 @@ def test_damage_grows_strictly_is_visible_at_a_tenth_and_plain_at_one(name, pict
     before = picture.copy()
     grid = [k / 20 for k in range(21)]
     curve = [
-        np.mean([mae(degrade(picture, [(name, s)], seed), picture) for seed in SEEDS]) for s in grid
+        np.mean([mae(degrade(picture, [(name, s)], seed), picture) for seed in SEEDS])
+        for s in grid
     ]
     assert curve[0] == 0
     falls = [s for s, low, high in zip(grid[1:], curve, curve[1:]) if high <= low]
@@ -155,7 +173,9 @@ def check_that_damage_never_falls(photos: dict[str, np.ndarray]) -> None:
                 grows = (np.diff(curve) > 0).all()
                 is_grey = (photo == photo[..., :1]).all()
                 nothing_to_lose = is_grey and name in ("saturation", "color diffusion")
-                assert grows or nothing_to_lose and not any(curve), f"{name}, {label}: {curve}"
+                assert grows or nothing_to_lose and not any(curve), (
+                    f"{name}, {label}: {curve}"
+                )
 
 
 def test_damage_grows_on_each_of_other_photos_too():
@@ -203,13 +223,17 @@ def test_the_scene_can_still_be_recognised_at_one_in_a_third_of_the_ops(photos):
         assert len(recognised) >= 6, recognised
 
 
-@pytest.mark.parametrize("name", [name for name in DEGRADATIONS if name not in AT_THE_PIXEL])
+@pytest.mark.parametrize(
+    "name", [name for name in DEGRADATIONS if name not in AT_THE_PIXEL]
+)
 def test_damage_looks_the_same_at_every_width(name, photos):
     """SSIM at s = .45 differs by at most .2 over the widths; noise and compression are exempt."""
     ssim = pytest.importorskip("skimage.metrics").structural_similarity
     for photo in photos.values():
         large = cv2.resize(
-            photo, (1280, round(len(photo) * 1280 / photo.shape[1])), interpolation=cv2.INTER_CUBIC
+            photo,
+            (1280, round(len(photo) * 1280 / photo.shape[1])),
+            interpolation=cv2.INTER_CUBIC,
         )
         scores = []
         for width in (160, 320, 640, 1280):
@@ -258,7 +282,9 @@ def test_saturation_at_one_is_grey_and_color_diffusion_keeps_the_luma(picture):
 def fingerprint(seed: int = 5) -> str:
     image = cv2.resize(drawn_picture(), (301, 280), interpolation=cv2.INTER_CUBIC)
     outs = [degrade(image, [(name, s)], seed) for name in DEGRADATIONS for s in (0.1, 0.7)]
-    outs.append(degrade(image, [("graffiti", 0.5), ("noise", 0.3), ("lens flare", 0.8)], seed))
+    outs.append(
+        degrade(image, [("graffiti", 0.5), ("noise", 0.3), ("lens flare", 0.8)], seed)
+    )
     return hashlib.sha256(b"".join(out.tobytes() for out in outs)).hexdigest()
 
 
@@ -272,7 +298,10 @@ def test_the_seed_alone_decides_in_any_thread():
         assert set(pool.map(lambda _: fingerprint(), range(3))) == {expected}
 
 
-OLDER_PROCESSORS = {"OPENBLAS_CORETYPE": "Nehalem", "OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FMA3"}
+OLDER_PROCESSORS = {
+    "OPENBLAS_CORETYPE": "Nehalem",
+    "OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FMA3",
+}
 
 
 @pytest.mark.parametrize("environment", [{}, OLDER_PROCESSORS])
@@ -301,7 +330,11 @@ def test_no_global_random_state_is_touched():
 
 @every_op
 def test_the_bits_do_not_hang_on_the_processors_vector_instructions(name, photos):
-    pictures = [small(photos["astronaut"], 320), small(photos["coffee"], 251), drawn_picture()]
+    pictures = [
+        small(photos["astronaut"], 320),
+        small(photos["coffee"], 251),
+        drawn_picture(),
+    ]
     try:
         for picture in pictures:
             for s in (0.05, 0.3, 0.7, 1):
@@ -325,12 +358,15 @@ def test_ops_are_applied_in_stage_order_whatever_the_lists_order():
         [("graffiti", 0.4), ("noise", 0.5), ("compression", 0.6), ("lens blur", 0.7)],
     )
     by_hand = image
-    for name, s in reversed(pairs):  # acquisition, transmission, environment, postprocessing
+    for name, s in reversed(
+        pairs
+    ):  # acquisition, transmission, environment, postprocessing
         by_hand = degrade(by_hand, [(name, s)], 3)
     assert np.array_equal(degrade(image, pairs, 3), by_hand)
     assert np.array_equal(degrade(image, pairs[::-1], 3), by_hand)
     assert not np.array_equal(
-        degrade(degrade(image, [pairs[1]], 3), [pairs[3]], 3), degrade(image, pairs[1::2], 3)
+        degrade(degrade(image, [pairs[1]], 3), [pairs[3]], 3),
+        degrade(image, pairs[1::2], 3),
     )
 
 
@@ -366,8 +402,13 @@ def test_sample_degradations():
     for names in STAGES.values():  # every stage alike, however many types it has
         assert abs(sum(name in names for name in single) / len(single) - 0.25) < 0.05
     intensities = [d.intensity for drawn in draws for d in drawn]
-    assert abs(np.mean(intensities) - 0.5) < 0.02 and abs(np.std(intensities) - 12**-0.5) < 0.02
-    assert len(sample_degradations(rng, 16, 16)) == 16 and sample_degradations(rng, 0, 0) == []
+    assert (
+        abs(np.mean(intensities) - 0.5) < 0.02
+        and abs(np.std(intensities) - 12**-0.5) < 0.02
+    )
+    assert (
+        len(sample_degradations(rng, 16, 16)) == 16 and sample_degradations(rng, 0, 0) == []
+    )
     again = np.random.default_rng(0)
     assert draws[:5] == [sample_degradations(again) for _ in range(5)]
     for low, high in ((3, 1), (-1, 2), (1, 17)):
@@ -379,7 +420,9 @@ def test_sample_degradations():
 
 
 @every_op
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (17, 31), (9, 400)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (17, 31), (9, 400)]
+)
 def test_any_small_size(name, size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     for seed in range(3):
@@ -396,7 +439,11 @@ def test_any_small_size(name, size):
 def test_twelve_megapixels(name):
     image = cv2.resize(drawn_picture(), (4000, 3000), interpolation=cv2.INTER_NEAREST)
     out = degrade(image, [(name, 0.9)], 0)
-    assert out.shape == image.shape and out.dtype == np.uint8 and not np.array_equal(out, image)
+    assert (
+        out.shape == image.shape
+        and out.dtype == np.uint8
+        and not np.array_equal(out, image)
+    )
 
 
 @every_op
@@ -420,7 +467,9 @@ def test_a_smooth_field_has_no_more_knots_than_pixels():
 
     rng = Counting()
     assert module._smooth_field(1, 32000, 14, 2, rng).shape == (1, 32000, 2)
-    assert rng.drawn <= 2 * 2 * 2 * 32000  # a knot at either end of each pixel, two channels
+    assert (
+        rng.drawn <= 2 * 2 * 2 * 32000
+    )  # a knot at either end of each pixel, two channels
 
 
 @pytest.mark.parametrize("size", [(16, 70_000), (32_001, 2)])
@@ -478,7 +527,8 @@ def test_an_intensity_outside_zero_to_one_is_refused(s):
 
 
 @pytest.mark.parametrize(
-    "pairs", [["noise"], [("noise",)], Degradation("noise", 0.5), [("noise", 0.5, 1)], [0.5]]
+    "pairs",
+    [["noise"], [("noise",)], Degradation("noise", 0.5), [("noise", 0.5, 1)], [0.5]],
 )
 def test_what_is_not_a_list_of_pairs_is_refused(pairs):
     with pytest.raises(ValueError, match="pairs"):
@@ -512,7 +562,9 @@ def save(path: Path, image: np.ndarray) -> None:
 
 
 def load(path: Path) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)[
+        ..., ::-1
+    ]
 
 
 @pytest.fixture
@@ -550,7 +602,11 @@ def test_a_folder_its_labels_a_broken_photo_and_going_on(desk):
     for name, content in clean.items():
         save(desk / "in" / name, content)
     jpeg = cv2.imencode(".jpg", image)[1].tobytes()
-    broken = {"cut.jpg": jpeg[: len(jpeg) // 2], "text.png": b"not an image", "empty.png": b""}
+    broken = {
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "text.png": b"not an image",
+        "empty.png": b"",
+    }
     for name, content in broken.items():
         (desk / "in" / name).write_bytes(content)
     (desk / "in/notes.txt").write_text("no photo at all")
@@ -563,15 +619,19 @@ def test_a_folder_its_labels_a_broken_photo_and_going_on(desk):
         assert f"skipped {Path('in') / name}" in first.stderr
     out = desk / "in/out"
     labels = [
-        json.loads(line) for line in (out / "labels.jsonl").read_text(encoding="utf-8").splitlines()
+        json.loads(line)
+        for line in (out / "labels.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    written = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()
+    }
     assert set(written) == {label["image"] for label in labels} | {"labels.jsonl"}
     assert len(labels) == 3 * len(clean)
     for label in labels:
         pairs = [(d["type"], d["intensity"]) for d in label["degradations"]]
         assert np.array_equal(
-            load(out / label["image"]), degrade(clean[label["clean_image"]], pairs, label["seed"])
+            load(out / label["image"]),
+            degrade(clean[label["clean_image"]], pairs, label["seed"]),
         )
         level = {"25": 0.25, "50": 0.5, "100": 1.0}[label["image"].split("/")[0]]
         assert {s for _, s in pairs} == {level} and 1 <= len(pairs) <= 3
@@ -579,7 +639,10 @@ def test_a_folder_its_labels_a_broken_photo_and_going_on(desk):
 
     # going on: what is there is left alone, what is missing comes back, and comes back the same
     lost = written[labels[0]["image"]]
-    content, times = lost.read_bytes(), {path: path.stat().st_mtime_ns for path in written.values()}
+    content, times = (
+        lost.read_bytes(),
+        {path: path.stat().st_mtime_ns for path in written.values()},
+    )
     lost.unlink()
     text = (out / "labels.jsonl").read_bytes()
     second = run("in", "--out", "in/out", "--seed", 3, cwd=desk)
@@ -606,7 +669,8 @@ def test_a_folder_with_given_types_and_levels(desk):
     assert out.returncode == 0, out.stderr
     lines = (desk / "in-degraded/labels.jsonl").read_text(encoding="utf-8").splitlines()
     degradations = [
-        [(d["type"], d["intensity"]) for d in json.loads(line)["degradations"]] for line in lines
+        [(d["type"], d["intensity"]) for d in json.loads(line)["degradations"]]
+        for line in lines
     ]
     assert degradations == [[("compression", s), ("noise", s)] for s in (0.23, 0.9)]
     assert (desk / "in-degraded/23/a.png.png").exists()
@@ -631,8 +695,12 @@ def test_one_more_photo_renames_and_redraws_nothing(desk):
     assert done.returncode == 0, done.stderr
     assert {path: path.read_bytes() for path in before} == before
     assert labels.items() <= labels_of(out).items()
-    names = {f"{level}/{name}.png" for level in (25, 50, 100) for name in ("a.jpg", "a.png")}
-    assert set(labels_of(out)) == names | {f"{level}/a.png.png.png" for level in (25, 50, 100)}
+    names = {
+        f"{level}/{name}.png" for level in (25, 50, 100) for name in ("a.jpg", "a.png")
+    }
+    assert set(labels_of(out)) == names | {
+        f"{level}/a.png.png.png" for level in (25, 50, 100)
+    }
 
 
 def test_a_replaced_photo_is_noticed_and_done_again(desk):
@@ -649,7 +717,9 @@ def test_a_replaced_photo_is_noticed_and_done_again(desk):
     assert "b.png" not in done.stderr and (out / "50/b.png.png").stat().st_mtime_ns == kept
     label = labels_of(out)["50/a.png.png"]
     pairs = [(d["type"], d["intensity"]) for d in label["degradations"]]
-    assert np.array_equal(load(out / label["image"]), degrade(image[::-1], pairs, label["seed"]))
+    assert np.array_equal(
+        load(out / label["image"]), degrade(image[::-1], pairs, label["seed"])
+    )
     assert run("in", cwd=desk).stderr == ""
 
 
@@ -660,7 +730,10 @@ def test_labels_of_photos_that_are_gone_are_said_and_kept(desk):
     labels = labels_of(desk / "in-degraded")
     (desk / "in/a.png").unlink()
     done = run("in", "--levels", "0.5", cwd=desk)
-    assert done.returncode == 0 and "a.png is gone; 50/a.png.png and its label stay" in done.stderr
+    assert (
+        done.returncode == 0
+        and "a.png is gone; 50/a.png.png and its label stay" in done.stderr
+    )
     assert "b.png" not in done.stderr and labels_of(desk / "in-degraded") == labels
 
 
@@ -684,7 +757,9 @@ def test_folders_and_dangling_links_named_like_photos_are_none(desk):
     (desk / "in/y.jpg").symlink_to("nowhere.jpg")
     done = run("in", cwd=desk)
     assert done.returncode == 0 and done.stderr == ""
-    assert {label["clean_image"] for label in labels_of(desk / "in-degraded").values()} == {"a.png"}
+    assert {label["clean_image"] for label in labels_of(desk / "in-degraded").values()} == {
+        "a.png"
+    }
 
 
 def test_a_run_cut_short_goes_on(desk, monkeypatch):
@@ -705,7 +780,9 @@ def test_a_run_cut_short_goes_on(desk, monkeypatch):
             module.main(["in", "--out", "cut"])
     assert exit_.value.code == 130
     done = labels_of(desk / "cut")
-    assert "50/b.png.png" not in done and all((desk / "cut" / image).exists() for image in done)
+    assert "50/b.png.png" not in done and all(
+        (desk / "cut" / image).exists() for image in done
+    )
     assert module.main(["in", "--out", "cut"]) == 0
     for file in ("labels.jsonl", "50/b.png.png", "100/c.png.png"):
         assert (desk / "cut" / file).read_bytes() == (desk / "whole" / file).read_bytes()
@@ -779,7 +856,10 @@ def test_the_same_picture_is_opened_as_for_training(tmp_path):
         pictures[f"turned-{orientation}.jpg"] = pillow.fromarray(rgb)
         pillow.fromarray(rgb).save(tmp_path / f"turned-{orientation}.jpg", exif=exif)
     for name in pictures:
-        ours, theirs = module._read(tmp_path / name), np.asarray(open_image(tmp_path / name))
+        ours, theirs = (
+            module._read(tmp_path / name),
+            np.asarray(open_image(tmp_path / name)),
+        )
         assert np.array_equal(ours, theirs), name
 
 

@@ -127,7 +127,9 @@ def test_every_row_is_what_the_model_says_alone(finished, checkpoint):
     model.requires_grad_(False)
     for name in ("base", "sft"):
         rows = [json.loads(line) for line in lines(finished / name)]
-        assert len({row["response"] for row in rows}) > len(rows) / 2  # so a slip would show
+        assert (
+            len({row["response"] for row in rows}) > len(rows) / 2
+        )  # so a slip would show
         for row in rows[::5]:
             text = row["question"] if name == "base" else build_prompt(row["question"])
             batch = data.collate(
@@ -142,7 +144,10 @@ def test_every_row_is_what_the_model_says_alone(finished, checkpoint):
                 max_new_tokens=20,
                 banned=processor.banned_ids,
             )
-            assert row["response"] == processor.decode(r.ids) and row["truncated"] == r.truncated
+            assert (
+                row["response"] == processor.decode(r.ids)
+                and row["truncated"] == r.truncated
+            )
             assert row["length"] == len(r.ids) - (not r.truncated) and row["plain"] == (
                 name == "base"
             )
@@ -152,7 +157,9 @@ def test_every_row_is_what_the_model_says_alone(finished, checkpoint):
                 )
 
 
-def test_greedy_answers_do_not_depend_on_batch_seed_or_workers(arguments, finished, tmp_path):
+def test_greedy_answers_do_not_depend_on_batch_seed_or_workers(
+    arguments, finished, tmp_path
+):
     both = []
     for batch, seed, workers in (("5", "0", "0"), ("16", "1", "1")):
         evaluate.main(
@@ -179,13 +186,17 @@ def test_greedy_answers_do_not_depend_on_batch_seed_or_workers(arguments, finish
     assert both[0] == both[1] != lines(finished / "sft")[:8] and len(both[0]) == 8
 
 
-def test_a_picture_is_read_and_encoded_once(checkpoint, world_folder, tmp_path, asked, monkeypatch):
+def test_a_picture_is_read_and_encoded_once(
+    checkpoint, world_folder, tmp_path, asked, monkeypatch
+):
     opened, open_image = [], predictions.open_image
     monkeypatch.setattr(
         predictions, "open_image", lambda path: opened.append(path) or open_image(path)
     )
     records = (world_folder / "test.jsonl").read_text().splitlines()[:4]
-    (tmp_path / "x.jsonl").write_text("\n".join(records[i] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0)))
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(records[i] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0))
+    )
     evaluate.main(
         [
             "--model",
@@ -222,7 +233,9 @@ def test_fewer_pixels_are_shown(checkpoint, world_folder, tmp_path, monkeypatch,
     )
     monkeypatch.setattr(data, "make_prompt", vlm.make_prompt)
     shutil.copytree(checkpoint, tmp_path / "smaller")
-    vlm.Processor.from_pretrained(checkpoint, max_pixels=6272).save_pretrained(tmp_path / "smaller")
+    vlm.Processor.from_pretrained(checkpoint, max_pixels=6272).save_pretrained(
+        tmp_path / "smaller"
+    )
     asked = [
         "--data",
         str(world_folder / "test.jsonl"),
@@ -239,7 +252,9 @@ def test_fewer_pixels_are_shown(checkpoint, world_folder, tmp_path, monkeypatch,
         (["--max-pixels", "6272"], 4),
         (["--min-pixels", "20000", "--max-pixels", "50000"], 36),
     ):
-        evaluate.main(["--model", checkpoint, *asked, *flags, "--out", str(tmp_path / str(tokens))])
+        evaluate.main(
+            ["--model", checkpoint, *asked, *flags, "--out", str(tmp_path / str(tokens))]
+        )
         assert set(seen) == {tokens}
         seen.clear()
         evaluate.main(
@@ -254,20 +269,33 @@ def test_fewer_pixels_are_shown(checkpoint, world_folder, tmp_path, monkeypatch,
             ]
         )
         assert seen.pop() == tokens
-    evaluate.main(["--model", str(tmp_path / "smaller"), *asked, "--out", str(tmp_path / "saved")])
+    evaluate.main(
+        ["--model", str(tmp_path / "smaller"), *asked, "--out", str(tmp_path / "saved")]
+    )
     assert seen == [4] * 3 and lines(tmp_path / "saved" / "model") == lines(
         tmp_path / "4" / "model"
     ) != lines(tmp_path / "16" / "model")
     with pytest.raises(
-        SystemExit, match="at least 784 and at most 500 pixels contradict each other: give both"
+        SystemExit,
+        match="at least 784 and at most 500 pixels contradict each other: give both",
     ):
         evaluate.main(
-            ["--model", checkpoint, *asked, "--max-pixels", "500", "--out", str(tmp_path / "none")]
+            [
+                "--model",
+                checkpoint,
+                *asked,
+                "--max-pixels",
+                "500",
+                "--out",
+                str(tmp_path / "none"),
+            ]
         )
 
 
 def test_a_picture_that_is_missing_is_named_by_file_and_line(checkpoint, tmp_path):
-    with pytest.raises(DataError, match=r"one\.jsonl:1: .*a\.png: cannot be read as an image"):
+    with pytest.raises(
+        DataError, match=r"one\.jsonl:1: .*a\.png: cannot be read as an image"
+    ):
         evaluate.main(
             [
                 "--model",
@@ -336,21 +364,37 @@ def test_an_interrupted_evaluation_goes_on(finished, arguments, tmp_path, asked)
     )  # and another process's share
     evaluate.main([*arguments, "--models", arguments[2], "--out", str(tmp_path)])
     assert lines(tmp_path / "sft") == whole and asked["prompts"] == len(whole) - 19
-    assert {path.name for path in tmp_path.glob("sft/*")} == {"meta.json", "predictions.jsonl"}
+    assert {path.name for path in tmp_path.glob("sft/*")} == {
+        "meta.json",
+        "predictions.jsonl",
+    }
     evaluate.main([*arguments, "--models", arguments[2], "--out", str(tmp_path)])
     assert asked["prompts"] == len(whole) - 19  # nothing left to ask
 
 
 def small_world(folder, world_folder, change=None):
     """The first six records of the world beside its pictures, changed line by line."""
-    rows = [json.loads(line) for line in (world_folder / "test.jsonl").read_text().splitlines()[:6]]
+    rows = [
+        json.loads(line)
+        for line in (world_folder / "test.jsonl").read_text().splitlines()[:6]
+    ]
     rows = change(rows) if change else rows
     path = folder / "small.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--data", str(path), "--images", str(world_folder), "--no-table-2", "--batch", "4"]
+    return [
+        "--data",
+        str(path),
+        "--images",
+        str(world_folder),
+        "--no-table-2",
+        "--batch",
+        "4",
+    ]
 
 
-def test_mending_one_record_asks_about_that_one_again(checkpoint, world_folder, tmp_path, asked):
+def test_mending_one_record_asks_about_that_one_again(
+    checkpoint, world_folder, tmp_path, asked
+):
     ask = ["--model", checkpoint, "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
     evaluate.main([*ask, *small_world(tmp_path, world_folder)])
     before = lines(tmp_path / "out/model")
@@ -363,7 +407,10 @@ def test_mending_one_record_asks_about_that_one_again(checkpoint, world_folder, 
     evaluate.main([*ask, *small_world(tmp_path, world_folder, mend)])
     rows = [json.loads(line) for line in lines(tmp_path / "out/model")]
     assert asked["prompts"] == 6 + 1 and [row["key"] for row in rows] == list("12345")
-    assert rows[0]["question"].endswith(" please") and rows[1]["answer"] == "nothing of the kind"
+    assert (
+        rows[0]["question"].endswith(" please")
+        and rows[1]["answer"] == "nothing of the kind"
+    )
     aside = (tmp_path / "out/model/set_aside.jsonl").read_bytes().splitlines()
     assert set(aside) == set(before[:2])
     evaluate.main([*ask, *small_world(tmp_path, world_folder)])  # what was asked once stays
@@ -375,7 +422,14 @@ def test_another_picture_under_the_same_name_is_asked_about(
 ):
     image = Image.new("RGB", (56, 56), "red")
     image.save(tmp_path / "a.png")
-    ask = ["--model", checkpoint, "--data", str(one_record(tmp_path)), "--max-new-tokens", "4"]
+    ask = [
+        "--model",
+        checkpoint,
+        "--data",
+        str(one_record(tmp_path)),
+        "--max-new-tokens",
+        "4",
+    ]
     evaluate.main([*ask, "--out", str(tmp_path / "out")])
     evaluate.main([*ask, "--out", str(tmp_path / "out")])
     assert asked["prompts"] == 1
@@ -395,7 +449,11 @@ def test_errors_of_data_are_one_line(tmp_path):
         done = subprocess.run([*script, *ask], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 or "--image" in ask, done.stderr
         assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    line = {"image": "a.png", "length": 30, "degradations": [{"type": "noise", "intensity": 0.5}]}
+    line = {
+        "image": "a.png",
+        "length": 30,
+        "degradations": [{"type": "noise", "intensity": 0.5}],
+    }
     line |= {"conversations": [{"from": "human", "value": "q"}], "answer": "yes"}
     (tmp_path / "labels.jsonl").write_text(json.dumps(line) + "\n")
     [job] = predictions.make_jobs(read(tmp_path / "labels.jsonl"), None, 0)
@@ -414,8 +472,17 @@ def test_skip_bad(checkpoint, world_folder, tmp_path, capfd):
         return rows
 
     ask = ["--model", checkpoint, *small_world(tmp_path, world_folder, spoil)]
-    ask += ["--images", str(tmp_path), "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
-    with pytest.raises(DataError, match=r"small\.jsonl:4: field 'conversations' is missing"):
+    ask += [
+        "--images",
+        str(tmp_path),
+        "--max-new-tokens",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(
+        DataError, match=r"small\.jsonl:4: field 'conversations' is missing"
+    ):
         evaluate.main(ask)
     for workers in ("0", "1"):
         evaluate.main([*ask, "--skip-bad", "--workers", workers])
@@ -427,7 +494,9 @@ def test_skip_bad(checkpoint, world_folder, tmp_path, capfd):
         assert keys == ["1", "5", "6"]
 
 
-def test_predictions_made_otherwise_are_not_mixed(finished, arguments, checkpoint, tmp_path):
+def test_predictions_made_otherwise_are_not_mixed(
+    finished, arguments, checkpoint, tmp_path
+):
     before = lines(finished / "sft")
     for change, field in (
         (["--temperature", "0"], "temperature: was 1.0, now 0.0"),
@@ -437,16 +506,21 @@ def test_predictions_made_otherwise_are_not_mixed(finished, arguments, checkpoin
         (["--max-pixels", "6272"], "max_pixels: was None, now 6272"),
     ):
         with pytest.raises(
-            SystemExit, match=rf"(?s)sft was begun with other settings.*{field}.*another --out"
+            SystemExit,
+            match=rf"(?s)sft was begun with other settings.*{field}.*another --out",
         ):
-            evaluate.main([*arguments, "--models", arguments[2], *change, "--out", str(finished)])
+            evaluate.main(
+                [*arguments, "--models", arguments[2], *change, "--out", str(finished)]
+            )
     model, processor = vlm.load(checkpoint)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     for part in (model, processor):
         part.save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="weights: was"):
-        evaluate.main([*arguments, "--models", f"sft={tmp_path / 'other'}", "--out", str(finished)])
+        evaluate.main(
+            [*arguments, "--models", f"sft={tmp_path / 'other'}", "--out", str(finished)]
+        )
     assert lines(finished / "sft") == before
 
 
@@ -455,7 +529,9 @@ def test_score_only_needs_neither_model_nor_data(finished, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     report = (finished / "report.json").read_bytes()
     (finished / "report.json").unlink()
-    evaluate.main(["--score-only", "--out", str(finished), "--models", "base=gone", "sft=gone"])
+    evaluate.main(
+        ["--score-only", "--out", str(finished), "--models", "base=gone", "sft=gone"]
+    )
     assert (finished / "report.json").read_bytes() == report
     assert (finished / "report.txt").read_text().strip() in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no predictions of x"):

@@ -29,15 +29,25 @@ def plain(processor):
 @pytest.fixture
 def prompts(plain, processor):
     pictures = [Image.new("RGB", size, "red") for size in ((112, 112), (56, 112), (84, 56))]
-    texts = ["what is it?", "where is the star, and what color is the one beside it?", "why?"]
+    texts = [
+        "what is it?",
+        "where is the star, and what color is the one beside it?",
+        "why?",
+    ]
     return data.encode(plain, data.collate(texts, pictures, processor))
 
 
 def options(processor):
-    return {"end_id": processor.end_id, "max_new_tokens": 16, "banned": processor.banned_ids}
+    return {
+        "end_id": processor.end_id,
+        "max_new_tokens": 16,
+        "banned": processor.banned_ids,
+    }
 
 
-def test_an_enabled_model_computes_by_fast_and_its_copy_too(plain, processor, prompts, monkeypatch):
+def test_an_enabled_model_computes_by_fast_and_its_copy_too(
+    plain, processor, prompts, monkeypatch
+):
     """Each of the three functions is called, and the results are those of the plain model."""
     policy = copy.deepcopy(plain)
     fast.enable(policy)
@@ -72,7 +82,9 @@ def test_an_enabled_model_is_saved_as_an_ordinary_one(plain, tmp_path):
     for name, model in (("plain", plain), ("enabled", enabled)):
         model.save_pretrained(tmp_path / name)
     for file in (tmp_path / "plain").iterdir():
-        assert (tmp_path / "enabled" / file.name).read_bytes() == file.read_bytes(), file.name
+        assert (tmp_path / "enabled" / file.name).read_bytes() == file.read_bytes(), (
+            file.name
+        )
 
 
 def test_scoring_switches_nothing_on(plain, processor, prompts):
@@ -109,15 +121,22 @@ def test_everything_runs_without_it(checkpoint, world_folder, tmp_path, script):
         shutil.copy(ROOT / name, tmp_path)
     calls = []
     for path in tmp_path.rglob("*.py"):
-        source, n = re.subn(r"^ *fast\.enable\(.*\n", "", path.read_text(), flags=re.MULTILINE)
+        source, n = re.subn(
+            r"^ *fast\.enable\(.*\n", "", path.read_text(), flags=re.MULTILINE
+        )
         if n:
             calls.append(path.name)
             path.write_text(source.replace("import data, fast, ", "import data, "))
     assert "predictions.py" in calls and len(calls) > 1, "the scripts should switch it on"
     command = [sys.executable, f"{script}.py", "--model", checkpoint, "--out", "run"]
     command += ["--data", f"{world_folder}/train.jsonl", "--part", "all", "--steps", "1"]
-    small = {"train_sft": ["--batch", "2"], "train_grpo": ["--prompts", "2", "--group-size", "2"]}
-    done = subprocess.run([*command, *small[script]], cwd=tmp_path, capture_output=True, text=True)
+    small = {
+        "train_sft": ["--batch", "2"],
+        "train_grpo": ["--prompts", "2", "--group-size", "2"],
+    }
+    done = subprocess.run(
+        [*command, *small[script]], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     command = [sys.executable, "-c", "import evaluate, rr1.evaluation.predictions"]

@@ -7,7 +7,11 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 from torch.func import functional_call
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from rr1 import grpo, tiny, vlm
 from rr1.tiny import world
@@ -16,7 +20,9 @@ from rr1.u1.restorer import to_tensor, to_uint8
 
 
 def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 # ---------------------------------------------------------------- stage I
@@ -32,7 +38,9 @@ def test_the_printed_loss_is_the_velocitys_times_one_minus_t_squared():
     torch.testing.assert_close(
         flow.eps_loss(v, z_0, eps, t), (1 - t) ** 2 * flow.v_loss(v, z_0, eps, t)
     )
-    assert torch.equal(flow.v_loss(eps - z_0, z_0, eps, t), torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(
+        flow.v_loss(eps - z_0, z_0, eps, t), torch.zeros(5, dtype=torch.float64)
+    )
     assert torch.equal(flow.interpolate(z_0, eps, t)[0], z_0[0]) and torch.equal(
         flow.interpolate(z_0, eps, t)[4], eps[4]
     )
@@ -138,7 +146,10 @@ def test_a_step_is_the_sde_with_the_score():
 
 def test_a_step_of_a_half_precision_network_is_computed_in_float32():
     mean, _ = flow.sde_step(
-        torch.ones(1, 2), torch.full((1, 2), 0.3, dtype=torch.bfloat16), flow.time_grid(10), 3
+        torch.ones(1, 2),
+        torch.full((1, 2), 0.3, dtype=torch.bfloat16),
+        flow.time_grid(10),
+        3,
     )
     assert mean.dtype == torch.float32
 
@@ -149,9 +160,12 @@ def test_a_step_of_a_half_precision_network_is_computed_in_float32():
 def test_log_probability_and_kl_are_those_of_normal_distributions_per_dimension():
     x, mean, other, std = draw(3, 2, 5), draw(3, 2, 5, seed=1), draw(3, 2, 5, seed=2), 0.37
     p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)
-    torch.testing.assert_close(flow.log_prob(x, mean, std), p.log_prob(x).flatten(1).mean(1))
     torch.testing.assert_close(
-        flow.kl(mean, other, std), torch.distributions.kl_divergence(p, q).flatten(1).mean(1)
+        flow.log_prob(x, mean, std), p.log_prob(x).flatten(1).mean(1)
+    )
+    torch.testing.assert_close(
+        flow.kl(mean, other, std),
+        torch.distributions.kl_divergence(p, q).flatten(1).mean(1),
     )
     assert (flow.kl(mean, mean, std) == 0).all()
 
@@ -186,7 +200,9 @@ def rollout(ks=range(1, 4)):
 def terms_of(velocity, path, grid, reference):
     """Log-probabilities and KL of the sampled steps, (N, S) each."""
     steps = flow.replay(velocity, path, grid)
-    return flow.step_logps(path, steps), flow.step_kls(steps, flow.replay(reference, path, grid))
+    return flow.step_logps(path, steps), flow.step_kls(
+        steps, flow.replay(reference, path, grid)
+    )
 
 
 def loss_of(model, path, grid, A, reference, parameters=None, clip=1e-3, beta=0.5):
@@ -219,9 +235,16 @@ def test_noise_is_where_the_window_is_and_each_noisy_step_is_recorded_as_it_was(
         and path.logp.shape == (8, 3)
     )
     assert torch.equal(path.x[1], path.x_next[0])
-    torch.testing.assert_close(path.end, flow.euler(model, path.x_next[-1], grid[4:]).detach())
-    torch.testing.assert_close(path.x[0], flow.euler(model, draw(8, 4, seed=4), grid[:2]).detach())
-    drawn = {flow.noisy_steps(10, 2, 5, torch.Generator().manual_seed(seed)) for seed in range(60)}
+    torch.testing.assert_close(
+        path.end, flow.euler(model, path.x_next[-1], grid[4:]).detach()
+    )
+    torch.testing.assert_close(
+        path.x[0], flow.euler(model, draw(8, 4, seed=4), grid[:2]).detach()
+    )
+    drawn = {
+        flow.noisy_steps(10, 2, 5, torch.Generator().manual_seed(seed))
+        for seed in range(60)
+    }
     assert drawn == {range(i, i + 2) for i in range(4)} and flow.noisy_steps(
         10, 0, 5, torch.Generator()
     ) == range(10)
@@ -237,7 +260,9 @@ def test_gradient_of_the_whole_loss_against_finite_differences():
         model.A += 0.02 * draw(4, 4, seed=8)
         reference.b += 0.3
     loss, statistics = loss_of(model, path, grid, A, reference, clip=0.01)
-    assert 0 < statistics["clip_low"] + statistics["clip_high"] < 24 and statistics["kl"] > 0
+    assert (
+        0 < statistics["clip_low"] + statistics["clip_high"] < 24 and statistics["kl"] > 0
+    )
     loss.backward()
     at = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in at.items():
@@ -250,7 +275,9 @@ def test_gradient_of_the_whole_loss_against_finite_differences():
                     .index_add(0, torch.tensor([i]), torch.tensor([h], dtype=p.dtype))
                     .view(p.shape),
                 }
-                sides.append(loss_of(model, path, grid, A, reference, moved, clip=0.01)[0].item())
+                sides.append(
+                    loss_of(model, path, grid, A, reference, moved, clip=0.01)[0].item()
+                )
             assert model.get_parameter(name).grad.flatten()[i].item() == pytest.approx(
                 (sides[0] - sides[1]) / 2e-6, rel=1e-4, abs=1e-8
             )
@@ -264,9 +291,9 @@ def test_the_loss_of_parts_adds_up_to_that_of_the_whole():
     logp, kls = terms_of(model, path, grid, reference)
     whole, _ = flow.flow_grpo_loss(logp, path.logp, A, kls, clip=0.1, beta=0.3)
     halves = [
-        flow.flow_grpo_loss(logp[c], path.logp[c], A[c], kls[c], clip=0.1, beta=0.3, n_sequences=8)[
-            0
-        ]
+        flow.flow_grpo_loss(
+            logp[c], path.logp[c], A[c], kls[c], clip=0.1, beta=0.3, n_sequences=8
+        )[0]
         for c in (slice(0, 4), slice(4, 8))
     ]
     torch.testing.assert_close(sum(halves), whole)
@@ -325,9 +352,9 @@ def test_the_semantic_reward_of_known_features(pictures):
         math.exp(-5 * 0.4), rel=1e-5
     )
     assert rewards.r_sem(clean, clean, encoder).tolist() == [1] * 4
-    assert rewards.r_sem(damaged[:1], clean[:1], encoder, alpha=1.0).item() == pytest.approx(
-        math.exp(-0.4), rel=1e-5
-    )
+    assert rewards.r_sem(
+        damaged[:1], clean[:1], encoder, alpha=1.0
+    ).item() == pytest.approx(math.exp(-0.4), rel=1e-5)
 
 
 def test_the_tiny_tower_sees_what_the_image_processor_would_give_it(pictures):

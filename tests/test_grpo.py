@@ -58,7 +58,9 @@ def test_a_group_of_one_gives_0():
 def test_groups_do_not_mix_and_a_constant_changes_nothing():
     rewards = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=f64)
     whole = group_advantages(rewards)
-    torch.testing.assert_close(whole, torch.cat([group_advantages(row[None]) for row in rewards]))
+    torch.testing.assert_close(
+        whole, torch.cat([group_advantages(row[None]) for row in rewards])
+    )
     torch.testing.assert_close(whole, group_advantages(rewards + 5))
     torch.testing.assert_close(whole.mean(dim=1), torch.zeros(3, dtype=f64))
     with pytest.raises(ValueError, match=r"\(8,\)"):
@@ -82,7 +84,10 @@ def test_k3_is_never_negative_and_0_where_equal():
 
 
 def test_k3_averages_to_the_true_kl_under_the_policy():
-    p, q = torch.tensor([0.5, 0.3, 0.2], dtype=f64), torch.tensor([0.2, 0.2, 0.6], dtype=f64)
+    p, q = (
+        torch.tensor([0.5, 0.3, 0.2], dtype=f64),
+        torch.tensor([0.2, 0.2, 0.6], dtype=f64),
+    )
     torch.testing.assert_close(
         (p * kl_to_reference(p.log(), q.log())).sum(), (p * (p / q).log()).sum()
     )
@@ -127,10 +132,16 @@ def test_the_reference_only_informs_where_beta_is_0():
 def test_truth_table_of_the_clip(loss, A, ratio, flows):
     logp = torch.tensor([[-1.0]], dtype=f64)
     value, gradient, statistics = loss_and_gradient(
-        logp, logp - math.log(ratio), torch.tensor([A], dtype=f64), torch.ones(1, 1), loss=loss
+        logp,
+        logp - math.log(ratio),
+        torch.tensor([A], dtype=f64),
+        torch.ones(1, 1),
+        loss=loss,
     )
     torch.testing.assert_close(gradient.item(), -A * ratio if flows else 0.0)
-    torch.testing.assert_close(value.item(), -A * ratio if flows else -A * (1.2 if A > 0 else 0.8))
+    torch.testing.assert_close(
+        value.item(), -A * ratio if flows else -A * (1.2 if A > 0 else 0.8)
+    )
     assert (statistics["clip_low"], statistics["clip_high"]) == (
         not flows and A < 0,
         not flows and A > 0,
@@ -144,7 +155,9 @@ def test_clip_higher(ratio, flows):
     assert (loss_and_gradient(*args, clip_high=0.28)[1].item() != 0) == flows
     assert (loss_and_gradient(*args)[1].item() != 0) == (ratio < 1.2)
     down = (logp, logp - math.log(0.75), -torch.ones(1, dtype=f64), torch.ones(1, 1))
-    assert loss_and_gradient(*down, clip_high=0.28)[1].item() == 0  # below 1, clip alone decides
+    assert (
+        loss_and_gradient(*down, clip_high=0.28)[1].item() == 0
+    )  # below 1, clip alone decides
 
 
 # ---------------------------------------------------------------- the literal writing
@@ -180,7 +193,8 @@ def literal(logp, logp_old, logp_ref, advantages, mask, low, high, beta, loss, m
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
-    "low, high, beta", [(0.2, 0.2, 0.0), (0.2, 0.28, 0.04), (0.1, 0.5, 1.0), (0.2, 0.2, 0.04)]
+    "low, high, beta",
+    [(0.2, 0.2, 0.0), (0.2, 0.28, 0.04), (0.1, 0.5, 1.0), (0.2, 0.2, 0.04)],
 )
 def test_equals_the_literal_writing(loss, low, high, beta):
     for seed in range(5):
@@ -207,12 +221,16 @@ def test_equals_the_literal_writing(loss, low, high, beta):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_at_ratio_1_the_loss_is_0_and_its_gradient_is_not(loss):
     logp, *_ = batch()
-    advantages = group_advantages(torch.tensor([[1.0, 2, 3], [0, 0, 1]], dtype=f64)).flatten()
+    advantages = group_advantages(
+        torch.tensor([[1.0, 2, 3], [0, 0, 1]], dtype=f64)
+    ).flatten()
     value, gradient, statistics = loss_and_gradient(
         logp, logp.detach(), advantages, torch.ones(N, L), loss=loss
     )
     assert abs(value) < 1e-15
-    torch.testing.assert_close(gradient, -advantages[:, None].expand(N, L) / (N * L))  # REINFORCE
+    torch.testing.assert_close(
+        gradient, -advantages[:, None].expand(N, L) / (N * L)
+    )  # REINFORCE
     assert statistics["ratio"] == statistics["tokens"] == N * L
     assert statistics["clip_low"] == statistics["clip_high"] == 0
 
@@ -275,8 +293,12 @@ def test_the_losses_weigh_tokens_as_they_say():
         ("dr_grpo", 1 / 8, 1 / 8),
         ("dapo", 1 / 4, 1 / 4),
     ]:
-        _, gradient, _ = loss_and_gradient(logp, logp, advantages, mask, loss=loss, max_length=4)
-        torch.testing.assert_close(gradient, torch.tensor([[short, 0, 0], [long] * 3], dtype=f64))
+        _, gradient, _ = loss_and_gradient(
+            logp, logp, advantages, mask, loss=loss, max_length=4
+        )
+        torch.testing.assert_close(
+            gradient, torch.tensor([[short, 0, 0], [long] * 3], dtype=f64)
+        )
 
 
 # ---------------------------------------------------------------- masks
@@ -343,7 +365,9 @@ def test_a_log_ratio_far_out_leaves_loss_and_gradient_finite(loss, A, far):
 def test_the_kl_term_still_pulls_where_the_reference_finds_a_token_all_but_impossible():
     logp = torch.tensor([[-1.0]], dtype=f64, requires_grad=True)
     kl = kl_to_reference(logp, logp.detach() - 500)
-    assert torch.autograd.grad(kl.sum(), logp)[0].item() == 1  # downhill is less of that token
+    assert (
+        torch.autograd.grad(kl.sum(), logp)[0].item() == 1
+    )  # downhill is less of that token
     assert kl.item() == pytest.approx(499)
 
 
@@ -362,10 +386,14 @@ def test_within_the_largest_exponent_nothing_is_clamped():
 def test_only_logp_gets_a_gradient():
     logp, logp_old, logp_ref, advantages, mask = batch()
     others = [x.requires_grad_() for x in (logp_old, logp_ref, advantages)]
-    loss, statistics = policy_loss(logp, logp_old, advantages, mask, logp_ref=logp_ref, beta=0.1)
+    loss, statistics = policy_loss(
+        logp, logp_old, advantages, mask, logp_ref=logp_ref, beta=0.1
+    )
     loss.backward()
     assert logp.grad is not None and all(x.grad is None for x in others)
-    assert loss.shape == () and not any(value.requires_grad for value in statistics.values())
+    assert loss.shape == () and not any(
+        value.requires_grad for value in statistics.values()
+    )
 
 
 def test_errors_say_what_came():

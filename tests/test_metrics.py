@@ -128,7 +128,9 @@ def test_caption_f1_by_hand():
     assert (
         scores.caption_f1("A blue ring top right, a red star  top left on SAND.", true) == 1
     )  # order, case, marks do not count
-    assert scores.caption_f1("a red star top left on sand", true) == pytest.approx(2 * 2 / (2 + 3))
+    assert scores.caption_f1("a red star top left on sand", true) == pytest.approx(
+        2 * 2 / (2 + 3)
+    )
     assert scores.caption_f1(
         "a red star top left, a red star top left on sand", true
     ) == pytest.approx(2 * 2 / (3 + 3))
@@ -248,12 +250,15 @@ def test_summary_by_hand():
     assert s["r_len"].value == pytest.approx((0.75 + 1 + 0.75) / 3)
     assert s["type_f1"].value == pytest.approx(2 * 3 / (4 + 4))
     assert (
-        s["intensity_error"].value == pytest.approx((0.2 + 0.4) / 3) and s["intensity_error"].n == 2
+        s["intensity_error"].value == pytest.approx((0.2 + 0.4) / 3)
+        and s["intensity_error"].n == 2
     )
     assert s["choice_accuracy"] == statistics.wilson(1, 3) and s[
         "well_formed"
     ] == statistics.wilson(3, 3)
-    assert s["length"].value == pytest.approx(140 / 3) and s["truncated"] == statistics.wilson(0, 3)
+    assert s["length"].value == pytest.approx(140 / 3) and s[
+        "truncated"
+    ] == statistics.wilson(0, 3)
 
 
 def test_measures_compare_record_by_record():
@@ -270,7 +275,11 @@ def test_measures_compare_record_by_record():
 def test_level_borders():
     levels = [metrics.level(total) for total in (0.01, 0.74, 0.75, 1.49, 1.5, 3.0)]
     assert levels == ["light", "light", "medium", "medium", "strong", "strong"]
-    clean, hurt, unknown = (row(D(), D()), row(D(), D((NOISE, 0.3))), {"degradations": None})
+    clean, hurt, unknown = (
+        row(D(), D()),
+        row(D(), D((NOISE, 0.3))),
+        {"degradations": None},
+    )
     judged = [metrics.judge(r) for r in (clean, hurt, hurt | unknown)]
     assert [metrics.strength(r) for r in judged] == ["none", "light", None]
     assert metrics.strength(judged[0] | {"strength": "high"}) == "high"  # a benchmark's own
@@ -305,7 +314,11 @@ def test_table_1_by_hand():
 def test_table_2_by_hand():
     table = metrics.table_2([metrics.judge(r) for r in ROWS])
     assert list(table) == ["clean", "0.25", "1"]
-    assert table["clean"] == table["0.25"] == statistics.wilson(1, 1)._asdict() | {"unparsed": 0}
+    assert (
+        table["clean"]
+        == table["0.25"]
+        == statistics.wilson(1, 1)._asdict() | {"unparsed": 0}
+    )
     assert table["1"]["value"] == 0
 
 
@@ -355,7 +368,8 @@ def test_confusion_keeps_the_numbers_of_true_and_named():
     rng, types = np.random.default_rng(0), figure_6.TYPES[:5]
     pairs = [
         tuple(
-            D(*((types[i], 0.5) for i in rng.integers(5, size=rng.integers(4)))) for _ in range(2)
+            D(*((types[i], 0.5) for i in rng.integers(5, size=rng.integers(4))))
+            for _ in range(2)
         )
         for _ in range(200)
     ]
@@ -371,7 +385,10 @@ def test_confusion_keeps_the_numbers_of_true_and_named():
 
 def test_figure_6_by_hand():
     figure = figure_6.figure_6([metrics.judge(r) for r in ROWS])
-    assert figure["clean_called_damaged"]["value"] == 1 and figure["clean_called_damaged"]["n"] == 1
+    assert (
+        figure["clean_called_damaged"]["value"] == 1
+        and figure["clean_called_damaged"]["n"] == 1
+    )
     assert [(p["true"], p["value"], p["n"]) for p in figure["intensity"]] == [
         (0.3, 0.5, 1),
         (pytest.approx(0.85), 0.65, 2),
@@ -407,7 +424,11 @@ def test_a_plain_model_is_read_whole_and_has_no_figure_6(tmp_path):
         "length",
         "truncated",
     }
-    reports = {"base": plain, "sft": report.of_model(ROWS), "empty": report.of_model([ROWS[3]])}
+    reports = {
+        "base": plain,
+        "sft": report.of_model(ROWS),
+        "empty": report.of_model([ROWS[3]]),
+    }
     json.dumps(reports, allow_nan=False)
     names = figures.draw_all(reports, tmp_path)
     assert sorted(names) == sorted(p.name for p in tmp_path.iterdir()) and len(names) == 5
@@ -420,7 +441,9 @@ def test_markdown_and_cells():
         == "0.500 [0.237, 0.763] n 10, 2 unread"
     )
     assert cell(statistics.bootstrap([])._asdict()) == "-" == cell(None)
-    assert markdown(["", "b"], [["long", "1"]]) == "|      | b |\n|------|---|\n| long | 1 |"
+    assert (
+        markdown(["", "b"], [["long", "1"]]) == "|      | b |\n|------|---|\n| long | 1 |"
+    )
 
 
 def test_intensities_outside_the_range_end_no_report(tmp_path):

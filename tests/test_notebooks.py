@@ -1,4 +1,6 @@
-"""The notebooks as they are committed: run from top to bottom without a complaint, small, in the agreed form. `.ci/run` executes them."""
+"""The notebooks as they are committed: run from top to bottom without a complaint, small, in the
+agreed form. `.ci/run` executes them."""
+
 import json
 import re
 from pathlib import Path
@@ -10,7 +12,11 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def cells(path: Path, kind: str) -> list[dict]:
-    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+    return [
+        cell
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
 
 
 def test_there_are_notebooks():
@@ -22,23 +28,36 @@ def test_a_notebook_was_run_whole_from_a_clean_kernel(path):
     code = cells(path, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], "an error, a warning or a progress bar"
-    assert any(kind.startswith("image/") for o in outputs for kind in o.get("data", {})), "no picture"
+    assert not [
+        o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"
+    ], "an error, a warning or a progress bar"
+    assert any(kind.startswith("image/") for o in outputs for kind in o.get("data", {})), (
+        "no picture"
+    )
     assert path.stat().st_size < 700_000
     for output in outputs:
         lines = "".join(output.get("text", [])).splitlines()
-        assert len(lines) <= 40 and all(len(line) <= 130 for line in lines), "output that overflows the page"
+        assert len(lines) <= 40 and all(len(line) <= 130 for line in lines), (
+            "output that overflows the page"
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_keeps_to_the_form(path):
-    code, prose = (["".join(cell["source"]) for cell in cells(path, kind)] for kind in ("code", "markdown"))
+    code, prose = (
+        ["".join(cell["source"]) for cell in cells(path, kind)]
+        for kind in ("code", "markdown")
+    )
     number = int(path.name[:2])
     assert prose[0].startswith(f"# {number}. ")
     assert sum("assert" in source for source in code) >= 4
     assert len(re.findall(r"<details><summary>Solution</summary>", "".join(prose))) == 2
-    assert all(len(source.strip().splitlines()) <= 8 for source in code), "a cell longer than eight lines"
+    assert all(len(source.strip().splitlines()) <= 8 for source in code), (
+        "a cell longer than eight lines"
+    )
     promised = re.search(r"Eq\. (\d+)(?:-(\d+))?", prose[0].splitlines()[0])
     if promised:
         first, last = int(promised[1]), int(promised[2] or promised[1])
-        assert {int(n) for n in re.findall(r"\\tag\{(\d+)\}", "".join(prose))} == set(range(first, last + 1))
+        assert {int(n) for n in re.findall(r"\\tag\{(\d+)\}", "".join(prose))} == set(
+            range(first, last + 1)
+        )

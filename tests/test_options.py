@@ -100,7 +100,9 @@ def test_0_is_never_all_or_none_where_it_says_so():
 
 
 @pytest.mark.parametrize("script", ["train_sft", "train_grpo", "train_recover"])
-def test_a_wrong_number_is_said_before_anything_is_loaded(script, monkeypatch, tmp_path, capsys):
+def test_a_wrong_number_is_said_before_anything_is_loaded(
+    script, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         importlib.import_module(script).main(["--steps", "0"])

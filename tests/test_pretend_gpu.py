@@ -73,7 +73,16 @@ def test_train_sft(checkpoint, world_folder, tmp_path):
 
 def test_train_grpo_and_go_on(checkpoint, world_folder, tmp_path):
     data = ["--data", world_folder / "train.jsonl", "--part", "all", "--mu", "2"]
-    small = ["--prompts", "3", "--group-size", "2", "--micro-batch", "2", "--max-new-tokens", "8"]
+    small = [
+        "--prompts",
+        "3",
+        "--group-size",
+        "2",
+        "--micro-batch",
+        "2",
+        "--max-new-tokens",
+        "8",
+    ]
     run = ["train_grpo.py", "--model", checkpoint, "--out", tmp_path / "run", *data, *small]
     on_gpu(*run, "--steps", "2", "--save-every", "1")
     on_gpu(*run, "--steps", "3", "--save-every", "1", "--resume")
@@ -81,9 +90,26 @@ def test_train_grpo_and_go_on(checkpoint, world_folder, tmp_path):
 
 def test_train_recover(world_folder, tmp_path):
     small = ["--data", world_folder / "clean", "--steps", "2", "--batch", "2"]
-    on_gpu("train_recover.py", "--stage", "sft", "--out", tmp_path / "sft", *small, "--side", "32")
+    on_gpu(
+        "train_recover.py",
+        "--stage",
+        "sft",
+        "--out",
+        tmp_path / "sft",
+        *small,
+        "--side",
+        "32",
+    )
     restorer = ["--model", tmp_path / "sft" / "model", "--group-size", "2"]
-    run = ["train_recover.py", "--stage", "grpo", "--out", tmp_path / "grpo", *restorer, *small]
+    run = [
+        "train_recover.py",
+        "--stage",
+        "grpo",
+        "--out",
+        tmp_path / "grpo",
+        *restorer,
+        *small,
+    ]
     on_gpu(*run)
 
 

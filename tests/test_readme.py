@@ -54,9 +54,9 @@ def assert_tests_exist(test: str) -> None:
     tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", test)
     assert tests, f"no test: {test}"
     for path, function in tests:
-        assert re.search(rf"^def {function}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), (
-            f"{path}::{function}"
-        )
+        assert re.search(
+            rf"^def {function}\(", (ROOT / path).read_text(encoding="utf-8"), re.M
+        ), f"{path}::{function}"
 
 
 PAPER = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
@@ -93,7 +93,9 @@ def test_what_the_paper_page_names_exists(place):
 def test_the_file_tree_is_the_tree():
     listed = re.findall(r"^([\w./-]+)  ", re.search(r"```\n(.*?)```", FILES, re.S)[1], re.M)
     for path in listed:
-        assert (ROOT / path).exists(), f"{path} is in docs/use/files.md and not in the repository"
+        assert (ROOT / path).exists(), (
+            f"{path} is in docs/use/files.md and not in the repository"
+        )
     python = {
         str(p.relative_to(ROOT))
         for pattern in ("*.py", "rr1/**/*.py", "bench/*.py")
@@ -114,5 +116,7 @@ def test_the_readme_is_short():
 
 def test_links_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        for target in re.findall(
+            r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")
+        ):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

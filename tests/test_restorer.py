@@ -48,7 +48,9 @@ class Lab:
         random_restorer().save_pretrained(folder / "model")
         (folder / "photos").mkdir()
         for i in range(3):
-            cv2.imwrite(str(folder / "photos" / f"{i}.png"), world.sample(i, 0).clean[:, :, ::-1])
+            cv2.imwrite(
+                str(folder / "photos" / f"{i}.png"), world.sample(i, 0).clean[:, :, ::-1]
+            )
 
     def arguments(self, stage: str, flags: str, out: Path) -> list[str]:
         return [
@@ -103,7 +105,10 @@ def test_a_new_network_has_the_velocity_of_a_narrow_gaussian_around_the_damaged_
         v = model(z_t, z_c, t)
     d = z_t - (1 - u) * z_c
     torch.testing.assert_close(
-        v, d * (u - (1 - u) * 0.0009) / ((1 - u) ** 2 * 0.0009 + u**2) - z_c, rtol=1e-4, atol=1e-5
+        v,
+        d * (u - (1 - u) * 0.0009) / ((1 - u) ** 2 * 0.0009 + u**2) - z_c,
+        rtol=1e-4,
+        atol=1e-5,
     )
     torch.testing.assert_close(
         (z_t - v)[2], z_c[2], rtol=1e-4, atol=1e-5
@@ -149,7 +154,9 @@ def test_a_recovery_is_the_mean_of_several_from_noise_of_their_own():
     z_c, grid = 2 * damaged - 1, flow.time_grid(3, restorer.SHIFT)
     starts = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        ends = [flow.euler(lambda z, t: model(z, z_c, t), z_1[None], grid) for z_1 in starts]
+        ends = [
+            flow.euler(lambda z, t: model(z, z_c, t), z_1[None], grid) for z_1 in starts
+        ]
     first = restorer.recover(model, damaged, [7], steps=3, recoveries=1)
     both = restorer.recover(model, damaged, [7], steps=3, recoveries=2)
     torch.testing.assert_close(first, (ends[0] + 1) / 2, rtol=1e-4, atol=1e-5)
@@ -211,7 +218,9 @@ def test_drawn_pairs_are_the_worlds_scenes_damaged_at_their_own_size():
     assert np.array_equal(restorer.to_uint8(tensor)[0], damaged)
 
 
-def test_kept_pairs_are_drawn_once_and_those_of_another_version_again(tmp_path, monkeypatch, capfd):
+def test_kept_pairs_are_drawn_once_and_those_of_another_version_again(
+    tmp_path, monkeypatch, capfd
+):
     drawn = pairs.Scenes(16, n=20)
     kept = pairs.Scenes(16, n=20).kept(tmp_path)
     assert len(kept) == 20
@@ -220,7 +229,9 @@ def test_kept_pairs_are_drawn_once_and_those_of_another_version_again(tmp_path, 
     [path] = tmp_path.iterdir()
     assert path.name.startswith("pairs-16-20-") and "drawing" in capfd.readouterr().err
     again = pairs.Scenes(16, n=20).kept(tmp_path)
-    assert np.array_equal(again.drawn, kept.drawn) and "drawing" not in capfd.readouterr().err
+    assert (
+        np.array_equal(again.drawn, kept.drawn) and "drawing" not in capfd.readouterr().err
+    )
     pairs.Scenes(16, seed=2, n=20).kept(tmp_path)
     assert "drawing" in capfd.readouterr().err and len(list(tmp_path.iterdir())) == 2
 
@@ -233,7 +244,9 @@ def test_crops_of_photos_follow_from_the_seed_and_are_damaged(lab, tmp_path):
     assert len({clean.tobytes() for _, clean in crops}) == 8 and any(
         (damaged != clean).any() for damaged, clean in crops
     )
-    with pytest.raises(DataError, match=r"0.png: 112 x 112 pixels, smaller than --side 256"):
+    with pytest.raises(
+        DataError, match=r"0.png: 112 x 112 pixels, smaller than --side 256"
+    ):
         pairs.load_source(str(lab.folder / "photos"), 256)
     with pytest.raises(SystemExit, match="no photos"):
         pairs.load_source(str(lab.folder / "model"), 32)
@@ -255,10 +268,15 @@ def test_measures_of_equal_pictures():
 # ---------------------------------------------------------------- the data set, and the report
 
 
-def test_a_data_set_with_recovered_pictures(lab, world_folder, tmp_path, monkeypatch, capsys):
+def test_a_data_set_with_recovered_pictures(
+    lab, world_folder, tmp_path, monkeypatch, capsys
+):
     out, rows = (
         tmp_path / "out",
-        [json.loads(line) for line in (world_folder / "test.jsonl").read_text().splitlines()],
+        [
+            json.loads(line)
+            for line in (world_folder / "test.jsonl").read_text().splitlines()
+        ],
     )
     arguments = [
         "--model",
@@ -303,16 +321,26 @@ def test_a_data_set_with_recovered_pictures(lab, world_folder, tmp_path, monkeyp
             cv2.imread(str(out / after["clean_image"])),
             cv2.imread(str(world_folder / before["clean_image"])),
         )
-        assert after["conversations"][0]["value"] == "<image>" + before["conversations"][0]["value"]
+        assert (
+            after["conversations"][0]["value"]
+            == "<image>" + before["conversations"][0]["value"]
+        )
         assert {
-            k: v for k, v in after.items() if k not in ("image", "clean_image", "conversations")
-        } == {k: v for k, v in before.items() if k not in ("image", "clean_image", "conversations")}
+            k: v
+            for k, v in after.items()
+            if k not in ("image", "clean_image", "conversations")
+        } == {
+            k: v
+            for k, v in before.items()
+            if k not in ("image", "clean_image", "conversations")
+        }
         assert after["conversations"][1] == before["conversations"][1]
     whole = tmp_path / "whole"
     data_set.main([*arguments[:-1], str(whole)])
     for path in sorted((whole / "test" / "recovered").iterdir()):
         a, b = (
-            cv2.imread(str(p)).astype(int) for p in (path, out / "test" / "recovered" / path.name)
+            cv2.imread(str(p)).astype(int)
+            for p in (path, out / "test" / "recovered" / path.name)
         )
         assert np.abs(a - b).max() <= 1, "a resumed run recovers what a whole one does"
     with pytest.raises(SystemExit, match="other settings"):
@@ -339,10 +367,14 @@ def test_a_report_says_how_near_recoveries_come(lab, tmp_path, capsys):
         assert found[name]["psnr"]["value"] == pytest.approx(expected, abs=1e-4)
     gain = found["gain"]["ssim"]
     difference = found["recovered"]["ssim"]["value"] - found["damaged"]["ssim"]["value"]
-    assert gain["value"] == pytest.approx(difference, abs=1e-6) and gain["low"] <= gain["high"]
+    assert (
+        gain["value"] == pytest.approx(difference, abs=1e-6) and gain["low"] <= gain["high"]
+    )
     assert cv2.imread(str(out / "strip.png")).shape == (3 * 64, 5 * 64, 3)
     said = capsys.readouterr().out
-    assert said.startswith("5 damaged pictures") and (out / "report.txt").read_text() in said
+    assert (
+        said.startswith("5 damaged pictures") and (out / "report.txt").read_text() in said
+    )
 
 
 def test_a_report_leaves_undamaged_scenes_out(lab, tmp_path):
@@ -373,9 +405,9 @@ def test_a_restorers_weights_go_on_at_another_side(lab, tmp_path, monkeypatch):
         ]
     )
     model = restorer.Restorer.from_pretrained(tmp_path / "run" / "model")
-    assert model.config == restorer.Restorer.from_pretrained(lab.folder / "model").config | {
-        "side": 24
-    }
+    assert model.config == restorer.Restorer.from_pretrained(
+        lab.folder / "model"
+    ).config | {"side": 24}
     assert restorer.recover(model, torch.rand(1, 3, 24, 24)).shape == (1, 3, 24, 24)
 
 
@@ -388,7 +420,9 @@ def test_the_shipped_restorer():
     )
     damaged, clean = pairs.load_pairs(pairs.Scenes(32, seed=1), range(24), range(24))
     recovered = restorer.recover(model, damaged)
-    assert (recovered.clamp(0, 1) - clean).square().mean() < 0.8 * (damaged - clean).square().mean()
+    assert (recovered.clamp(0, 1) - clean).square().mean() < 0.8 * (
+        damaged - clean
+    ).square().mean()
 
 
 # ---------------------------------------------------------------- training
@@ -475,7 +509,8 @@ def test_every_flag_changes_something(lab, stage, flags):
         else ""
     )
     assert not equal(
-        lab.run(stage, base), lab.run(stage, flags + (" --seed 2" if "--early 1" in flags else ""))
+        lab.run(stage, base),
+        lab.run(stage, flags + (" --seed 2" if "--early 1" in flags else "")),
     )
 
 
@@ -494,13 +529,19 @@ def apart(lab, a: Run, b: Run) -> float:
     """How far two runs ended from each other, as a share of the way that they went."""
     start = restorer.Restorer.from_pretrained(lab.folder / "model").state_dict()
     way_a, way_b = (
-        torch.cat([(run.weights[name] - start[name]).flatten() for name in start]) for run in (a, b)
+        torch.cat([(run.weights[name] - start[name]).flatten() for name in start])
+        for run in (a, b)
     )
     return float((way_a - way_b).norm() / way_b.norm())
 
 
-def test_a_new_restorer_starts_from_the_seed_and_of_the_given_side(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "SCENES", 20), monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
+def test_a_new_restorer_starts_from_the_seed_and_of_the_given_side(
+    lab, tmp_path, monkeypatch
+):
+    (
+        monkeypatch.setattr(pairs, "SCENES", 20),
+        monkeypatch.setattr(tiny, "WORLD", tmp_path / "world"),
+    )
     runs = [Run(tmp_path / str(i)) for i in range(2)]
     for run in runs:
         train_recover.main(
@@ -520,7 +561,9 @@ def test_a_new_restorer_starts_from_the_seed_and_of_the_given_side(lab, tmp_path
 def test_another_encoder_pays_otherwise(lab, monkeypatch):
     base, asked = lab.run("grpo"), []
     monkeypatch.setattr(
-        rewards, "load_encoder", lambda name, device: asked.append(name) or (lambda x: x.flatten(1))
+        rewards,
+        "load_encoder",
+        lambda name, device: asked.append(name) or (lambda x: x.flatten(1)),
     )
     run = lab.run("grpo", "--encoder mine")
     assert (
@@ -535,14 +578,18 @@ def test_another_encoder_pays_otherwise(lab, monkeypatch):
 
 def options(stage: str, **others) -> train_recover.Config:
     """Of a small step: two pictures, four recoveries of each."""
-    config = train_recover.Config(stage=stage, steps=10, batch=2, lr=2e-3, warmup=1, group_size=4)
+    config = train_recover.Config(
+        stage=stage, steps=10, batch=2, lr=2e-3, warmup=1, group_size=4
+    )
     config.sampling_steps, config.early, config.window = 3, 2, 2
     for name, value in others.items():
         setattr(config, name, value)
     return config
 
 
-def step_of(stage, model, damaged, clean, config=None, step=0, optimizer=None) -> dict[str, float]:
+def step_of(
+    stage, model, damaged, clean, config=None, step=0, optimizer=None
+) -> dict[str, float]:
     """What one step logs; the model is changed."""
     config = config or options(stage)
     optimizer = optimizer or build_optimizer(model, config.lr, weight_decay=0.0)
@@ -628,7 +675,9 @@ def test_reinforcement_goes_where_the_reward_is(monkeypatch):
         ("sft", "--data nowhere", "--data nowhere: no photos"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_made(lab, stage, flags, message, capsys):
+def test_what_cannot_work_is_said_before_anything_is_made(
+    lab, stage, flags, message, capsys
+):
     out = lab.folder / "not-begun"
     with pytest.raises((SystemExit, DataError)) as error:
         train_recover.main(lab.arguments(stage, flags, out))
@@ -645,7 +694,9 @@ LONGER = "--steps 4 --save-every 2"
 def killed(lab) -> dict[str, Run]:
     """A run of each stage that got SIGKILL after step 3 was logged and before it was saved."""
     runs = {stage: Run(lab.folder / f"killed-{stage}") for stage in SMALL}
-    arguments = {stage: lab.arguments(stage, LONGER, run.out) for stage, run in runs.items()}
+    arguments = {
+        stage: lab.arguments(stage, LONGER, run.out) for stage, run in runs.items()
+    }
     program = KILLED_AFTER_STEP_3.replace('f"train_{name}"', '"train_recover"')
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(arguments)],
@@ -676,8 +727,12 @@ def test_two_processes_do_what_one_does(lab):
     done = subprocess.run(launch, capture_output=True, timeout=300, **PLACE)
     assert done.returncode == 0, done.stderr[-4000:]
     for (stage, flags), run in zip(jobs, runs):
-        ended = [json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)]
-        assert ended[0] == ended[1], "the ranks' weights or their numbers of collectives differ"
+        ended = [
+            json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)
+        ]
+        assert ended[0] == ended[1], (
+            "the ranks' weights or their numbers of collectives differ"
+        )
         assert apart(lab, run, lab.run(stage, flags)) < 1e-2
         for a, b in zip(lab.run(stage, flags).rows, run.rows, strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5)

@@ -49,7 +49,9 @@ def response(chain=CHAIN, length=40, **changed):
 
 def test_a_response_is_a_text_that_knows_more():
     r = Response(render(CHAIN), 40, truncated=True)
-    assert isinstance(r, str) and r == render(CHAIN) and (r.length, r.truncated) == (40, True)
+    assert (
+        isinstance(r, str) and r == render(CHAIN) and (r.length, r.truncated) == (40, True)
+    )
     assert r.chain == CHAIN and r.chain is r.chain  # parsed once
     assert Response("words", 1).truncated is False
 
@@ -86,7 +88,12 @@ def test_r_deg_matched_by_hand(predicted, truth, expected):
 
 def test_the_values_of_figure_2():
     # Four instances are predicted; Figure 2 shows 0.76, -1, 0.48 and 0.99 beside them.
-    predicted = [("lens blur", 0.60), ("saturation", 0.30), ("darkness", 0.10), ("noise", 0.41)]
+    predicted = [
+        ("lens blur", 0.60),
+        ("saturation", 0.30),
+        ("darkness", 0.10),
+        ("noise", 0.41),
+    ]
     truth = [("lens blur", 0.36), ("darkness", 0.62), ("noise", 0.42)]
     assert r_deg(predicted, truth) == pytest.approx(0.76 - 1 + 0.48 + 0.99)
     assert r_deg(predicted, [*truth, ("scan lines", 0.5)]) == pytest.approx(
@@ -96,7 +103,8 @@ def test_the_values_of_figure_2():
 
 types = st.sampled_from(["noise", "lens blur", "darkness"])
 instances = st.lists(
-    st.tuples(types, st.sampled_from([-0.5, 0.0, 0.1, 0.35, 0.5, 0.8, 1.0, 1.5])), max_size=4
+    st.tuples(types, st.sampled_from([-0.5, 0.0, 0.1, 0.35, 0.5, 0.8, 1.0, 1.5])),
+    max_size=4,
 )
 
 
@@ -129,11 +137,15 @@ def test_match_types_counts_the_pairs_and_sums_their_differences(predicted, trut
     pairs, difference = match_types(predicted, truth)
     expected = 0
     for tau in ("noise", "lens blur", "darkness"):
-        counts = [sum(t == tau and 0 <= s <= 1 for t, s in side) for side in (predicted, truth)]
+        counts = [
+            sum(t == tau and 0 <= s <= 1 for t, s in side) for side in (predicted, truth)
+        ]
         expected += min(counts)
     unmatched = len(predicted) + len(truth) - 2 * pairs
     assert pairs == expected and 0 <= difference <= pairs
-    assert r_deg(predicted, truth) == pytest.approx(pairs - difference - unmatched, abs=1e-12)
+    assert r_deg(predicted, truth) == pytest.approx(
+        pairs - difference - unmatched, abs=1e-12
+    )
 
 
 def test_match_types_by_hand():
@@ -155,7 +167,9 @@ def test_what_the_literal_sum_pays(J):
         assert r_deg(predicted, truth, "pairwise") == pytest.approx(
             k * (2 - J) - sum(errors[:k]), abs=1e-12
         )
-        assert r_deg(predicted, truth) == pytest.approx(k - sum(errors[:k]) - (J - k), abs=1e-12)
+        assert r_deg(predicted, truth) == pytest.approx(
+            k - sum(errors[:k]) - (J - k), abs=1e-12
+        )
     perfect, silence = r_deg(truth, truth, "pairwise"), r_deg([], truth, "pairwise")
     assert (perfect > silence) == (J == 1) and (perfect < silence) == (
         J >= 3
@@ -206,7 +220,9 @@ def test_no_number_that_a_policy_writes_ends_a_run(reading):
     for number in ("9" * 40, "-" + "9" * 39, "47"):
         y = Response(f"<TYPE>noise({number})<TYPE_END>", 9)
         name = "deg" if reading == "matched" else f"deg_{reading}"
-        total, _ = composite(y, RECORD | {"degradations": [("noise", 0.2)]}, load_rewards([name]))
+        total, _ = composite(
+            y, RECORD | {"degradations": [("noise", 0.2)]}, load_rewards([name])
+        )
         assert total == {"matched": -2, "pairwise": 0, "released": 0.5}[reading]
 
 
@@ -252,7 +268,8 @@ def test_choices_that_look_like_labels_are_read_alike_on_both_sides():
         "answer": "2",
     }  # index 2, as index goes before text
     assert (
-        accuracy(response(answer="2"), record) == 1 and accuracy(response(answer="C"), record) == 1
+        accuracy(response(answer="2"), record) == 1
+        and accuracy(response(answer="C"), record) == 1
     )
     assert (
         accuracy(response(answer="1"), record) == 0
@@ -291,7 +308,14 @@ def test_eq_9_is_the_weighted_sum():
 
 
 def test_every_reward_pays_a_perfect_response_the_most():
-    perfect = {"deg": 2, "deg_pairwise": 0, "deg_released": 3, "len": 1, "format": 1, "accuracy": 1}
+    perfect = {
+        "deg": 2,
+        "deg_pairwise": 0,
+        "deg_released": 3,
+        "len": 1,
+        "format": 1,
+        "accuracy": 1,
+    }
     assert composite(response(), RECORD, REWARDS)[1] == pytest.approx(perfect)
     silent = composite(Response("", 0), RECORD, REWARDS)[1]
     assert silent == {
@@ -343,7 +367,10 @@ def test_a_users_own_reward(own):
     rewards = load_rewards(names)
     assert list(rewards) == names
     total, values = composite(response(), RECORD, rewards, [1, 1, 0.2, 1, 0])
-    assert values[f"{own}:brevity"] == pytest.approx(-0.4) and values[f"{own}:same_types"] == 1.0
+    assert (
+        values[f"{own}:brevity"] == pytest.approx(-0.4)
+        and values[f"{own}:same_types"] == 1.0
+    )
     assert values[f"{own}:knows_the_record"] == len("What are these?") + len("photo-7.jpg")
     assert total == pytest.approx(2 + 1 - 0.08 + 1)
 
@@ -360,7 +387,9 @@ def test_a_typo_says_what_exists(own):
         ValueError, match="'dge'.*there are: deg, .*deg_released, len, format, accuracy"
     ):
         load_rewards(["dge"])
-    with pytest.raises(ValueError, match="'brevty' in .*my_rewards.py; there are: brevity, broken"):
+    with pytest.raises(
+        ValueError, match="'brevty' in .*my_rewards.py; there are: brevity, broken"
+    ):
         load_rewards([f"{own}:brevty"])
     with pytest.raises(FileNotFoundError, match="my_reward.py"):
         load_rewards([f"{own.parent / 'my_reward.py'}:brevity"])
@@ -380,12 +409,17 @@ def test_a_reward_that_fails_is_named_with_its_record(own):
         composite(response(), RECORD, load_rewards([f"{own}:broken"]))
     assert isinstance(error.value.__cause__, KeyError)  # the user's own traceback is kept
     for name, came in [("endless", "nan"), ("wordy", "'good'"), ("forgetful", "None")]:
-        with pytest.raises(ValueError, match=f"{name}' on record 'photo-7' returned {came}"):
+        with pytest.raises(
+            ValueError, match=f"{name}' on record 'photo-7' returned {came}"
+        ):
             composite(response(), RECORD, load_rewards([f"{own}:{name}"]))
 
 
 def test_numpy_numbers_are_numbers():
-    rewards = {"f32": lambda r, record: np.float32(0.5), "i64": lambda r, record: np.int64(2)}
+    rewards = {
+        "f32": lambda r, record: np.float32(0.5),
+        "i64": lambda r, record: np.int64(2),
+    }
     total, values = composite(response(), RECORD, rewards)
     assert total == 2.5 and all(type(value) is float for value in values.values())
     with pytest.raises(ValueError, match="inf"):
@@ -397,7 +431,9 @@ def test_what_float32_cannot_hold_is_named():
         with pytest.raises(ValueError, match="'big' on record 'photo-7' returned"):
             composite(response(), RECORD, {"big": lambda r, record: value})
     fine = {"a": lambda r, record: 3e38, "b": lambda r, record: 3e38}
-    with pytest.raises(ValueError, match="record 'photo-7' sum to 6e[+]38; see --reward-weights"):
+    with pytest.raises(
+        ValueError, match="record 'photo-7' sum to 6e[+]38; see --reward-weights"
+    ):
         composite(response(), RECORD, fine)
     with pytest.raises(ValueError, match="sum to nan; see --reward-weights"):
         composite(response(), RECORD, load_rewards(["deg"]), [math.nan])

@@ -32,13 +32,17 @@ def batch_of(processor, n, seed=0):
     """n prompts of different lengths over pictures of different sizes."""
     rng = np.random.default_rng(seed)
     images = [
-        Image.fromarray(rng.integers(0, 256, (*SIZES[i % 4], 3), dtype=np.uint8)) for i in range(n)
+        Image.fromarray(rng.integers(0, 256, (*SIZES[i % 4], 3), dtype=np.uint8))
+        for i in range(n)
     ]
     return data.collate([TEXTS[(i + i // 4) % 4] for i in range(n)], images, processor)
 
 
 def options(processor, **changes):
-    return dict(end_id=processor.end_id, max_new_tokens=16, banned=processor.banned_ids) | changes
+    return (
+        dict(end_id=processor.end_id, max_new_tokens=16, banned=processor.banned_ids)
+        | changes
+    )
 
 
 def forced(model, bias):
@@ -76,9 +80,9 @@ def test_greedy_equals_generate_token_for_token(model, processor):
     for (ours,), row in zip(groups, theirs.tolist()):
         assert ours.ids + [pad] * (theirs.shape[1] - len(ours.ids)) == row
     ended = [not ours.truncated for (ours,) in groups]
-    assert any(ended) and not all(ended) and len({tuple(ours.ids) for (ours,) in groups}) > 8, (
-        "the test should see more cases"
-    )
+    assert (
+        any(ended) and not all(ended) and len({tuple(ours.ids) for (ours,) in groups}) > 8
+    ), "the test should see more cases"
 
 
 def test_a_prompt_is_prefilled_once_and_a_group_is_one_row_of_the_cache(
@@ -135,10 +139,16 @@ def test_the_buffers_of_a_fast_cache_are_made_once(model):
 def test_the_samplers_log_probabilities_are_the_scorers(model, processor, T):
     """Many responses of different lengths, so that rows leave the batch on the way."""
     prompts = data.encode(model, batch_of(processor, 4))
-    groups = rollout.sample_group(model, prompts, 8, range(4), temperature=T, **options(processor))
+    groups = rollout.sample_group(
+        model, prompts, 8, range(4), temperature=T, **options(processor)
+    )
     assert len({len(r.ids) for group in groups for r in group}) > 5
     logps, mask, _ = vlm.group_logps(
-        model, prompts, [[r.ids for r in group] for group in groups], T, processor.banned_ids
+        model,
+        prompts,
+        [[r.ids for r in group] for group in groups],
+        T,
+        processor.banned_ids,
     )
     for r, row, m in zip((r for group in groups for r in group), logps, mask):
         assert int(m.sum()) == len(r.ids) == len(r.logps)
@@ -155,7 +165,11 @@ def test_log_probabilities_agree_in_float32_to_its_rounding(model, processor):
     prompts = data.encode(model, batch_of(processor, 2))
     groups = rollout.sample_group(model, prompts, 4, range(2), **options(processor))
     logps, _, _ = vlm.group_logps(
-        model, prompts, [[r.ids for r in group] for group in groups], 1.0, processor.banned_ids
+        model,
+        prompts,
+        [[r.ids for r in group] for group in groups],
+        1.0,
+        processor.banned_ids,
     )
     for r, row in zip((r for group in groups for r in group), logps):
         torch.testing.assert_close(
@@ -186,7 +200,11 @@ def test_truncated_says_whether_the_turn_was_ended(model, processor):
     prompts = data.encode(model, batch_of(processor, 3))
     for bias, length, truncated in ((50.0, 1, False), (-50.0, 16, True)):
         groups = rollout.sample_group(
-            forced(model, {processor.end_id: bias}), prompts, 2, range(3), **options(processor)
+            forced(model, {processor.end_id: bias}),
+            prompts,
+            2,
+            range(3),
+            **options(processor),
         )
         for r in (r for group in groups for r in group):
             assert len(r.ids) == len(r.logps) == length and r.truncated is truncated
@@ -221,9 +239,9 @@ def test_what_is_sampled_depends_on_a_prompts_seed_and_not_on_its_company(
     assert len({len(r.ids) for group in together for r in group}) > 3, (
         "rows should leave the batch at different times"
     )
-    backwards = rollout.sample_group(model, prompts[::-1], 6, seeds[::-1], **options(processor))[
-        ::-1
-    ]
+    backwards = rollout.sample_group(
+        model, prompts[::-1], 6, seeds[::-1], **options(processor)
+    )[::-1]
     alone = [
         rollout.sample_group(
             model, data.encode(model, batch[[i]]), 6, seeds[i : i + 1], **options(processor)
@@ -236,7 +254,9 @@ def test_what_is_sampled_depends_on_a_prompts_seed_and_not_on_its_company(
         assert [[r.ids for r in group] for group in other] == [
             [r.ids for r in group] for group in together
         ]
-    smaller = rollout.sample_group(model, prompts, 6, [11, 12, 13, 15], **options(processor))
+    smaller = rollout.sample_group(
+        model, prompts, 6, [11, 12, 13, 15], **options(processor)
+    )
     assert [[r.ids for r in group] for group in smaller[:3]] == [
         [r.ids for r in group] for group in together[:3]
     ]
@@ -252,15 +272,23 @@ def test_a_prompt_that_ends_first_may_stand_first(model, processor):
     order = sorted(range(8), key=lambda i: len(alone[i][0].ids))
     assert len({len(group[0].ids) for group in alone}) > 4
     together = rollout.sample_group(
-        model, [prompts[i] for i in order], 1, [seeds[i] for i in order], **options(processor)
+        model,
+        [prompts[i] for i in order],
+        1,
+        [seeds[i] for i in order],
+        **options(processor),
     )
     assert [group[0].ids for group in together] == [alone[i][0].ids for i in order]
 
 
-def test_responses_of_a_group_differ_and_global_random_states_do_not_matter(model, processor):
+def test_responses_of_a_group_differ_and_global_random_states_do_not_matter(
+    model, processor
+):
     prompts = data.encode(model, batch_of(processor, 1))
     torch.manual_seed(0)
-    first = [r.ids for r in rollout.sample_group(model, prompts, 8, [5], **options(processor))[0]]
+    first = [
+        r.ids for r in rollout.sample_group(model, prompts, 8, [5], **options(processor))[0]
+    ]
     torch.manual_seed(1)
     assert [
         r.ids for r in rollout.sample_group(model, prompts, 8, [5], **options(processor))[0]

@@ -55,7 +55,11 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.frozen, self.unused = nn.Linear(4, 3), nn.Linear(4, 4), nn.Linear(2, 2)
+        self.layer, self.frozen, self.unused = (
+            nn.Linear(4, 3),
+            nn.Linear(4, 4),
+            nn.Linear(2, 2),
+        )
         self.frozen.requires_grad_(False)
         self.register_buffer("scale", torch.ones(1))
 
@@ -89,7 +93,11 @@ def train(config: Config, rt: runtime.Runtime) -> Net:
     first = run.load(net, optimizer)
     with runtime.Interrupt(rt) as interrupt, run.kept(net, Processor(), optimizer):
         for step in range(first + 1, config.steps + 1):
-            draws = [random.gauss(0, 1), np.random.standard_normal(), *torch.randn(4).tolist()]
+            draws = [
+                random.gauss(0, 1),
+                np.random.standard_normal(),
+                *torch.randn(4).tolist(),
+            ]
             loss = (net(torch.tensor(draws[:4])) - torch.tensor(draws[3:])).pow(2).sum()
             loss.backward()
             runtime.sum_gradients(net.parameters(), rt)
@@ -154,7 +162,9 @@ def test_resume_is_bit_for_bit(whole, tmp_path, steps, monkeypatch, capsys):
         open(out / "rollouts.jsonl", "ab") as rollouts,
     ):
         metrics.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
-        rollouts.write('{"step": 9, "text": "é'.encode()[:-1])  # cut in the middle of a character
+        rollouts.write(
+            '{"step": 9, "text": "é'.encode()[:-1]
+        )  # cut in the middle of a character
     for rubbish in ("step-000099.tmp", "step-000002.tmp"):
         (out / "checkpoints" / rubbish / "model").mkdir(parents=True)
     (out / "model.tmp").mkdir()
@@ -178,7 +188,8 @@ def test_only_the_newest_checkpoints_stay_and_each_is_a_model_folder(whole):
     assert [folder.name for folder in found] == ["step-000004", "step-000006"]
     assert (found[0] / "model" / "words.json").exists()
     assert all(
-        torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(found[1]).items()
+        torch.equal(tensor, weights(whole)[name])
+        for name, tensor in weights(found[1]).items()
     )
     assert set(load_file(found[1] / "optimizer.safetensors")) == {
         f"{layer}.{kind}/{key}"
@@ -240,13 +251,18 @@ def test_nothing_to_resume(tmp_path, whole, capsys):
 
 
 def test_a_second_run_into_a_folder_is_refused(whole):
-    with pytest.raises(SystemExit, match="already holds a run: use --resume .* or another --out"):
+    with pytest.raises(
+        SystemExit, match="already holds a run: use --resume .* or another --out"
+    ):
         train(Config(out=str(whole)), ALONE)
 
 
 def test_resume_with_another_configuration_names_the_field_and_both_values(whole):
     with pytest.raises(SystemExit) as error:
-        train(Config(out=str(whole), lr=0.5, words=["c"], resume=True, steps=9, pause=0.1), ALONE)
+        train(
+            Config(out=str(whole), lr=0.5, words=["c"], resume=True, steps=9, pause=0.1),
+            ALONE,
+        )
     assert "lr: was 0.01, now 0.5" in str(
         error.value
     ) and "words: was ['a', 'b'], now ['c']" in str(error.value)
@@ -294,9 +310,12 @@ def test_resume_with_another_number_of_processes_says_so_and_draws_afresh(tmp_pa
             assert torch.equal(tensor, weights(tmp_path / name)[key])
         assert optimizer.state[net.layer.weight]["step"] == config.steps
         states[name] = {
-            key: files.to_json(state) for key, state in run_folder.random_states(ALONE).items()
+            key: files.to_json(state)
+            for key, state in run_folder.random_states(ALONE).items()
         }
-        said = "2 process(es) wrote it, 1 go on: random states start afresh from seed and step"
+        said = (
+            "2 process(es) wrote it, 1 go on: random states start afresh from seed and step"
+        )
         assert said in capsys.readouterr().out
     assert states["a"] == states["b"] and len(set(states["a"].values())) == 3
     for other in ("seed", "step"):
@@ -338,7 +357,8 @@ def test_a_real_model_comes_back_bit_for_bit(checkpoint, processor, tmp_path):
     assert other.lm_head.weight is other.model.language_model.embed_tokens.weight
     for p, q in zip(model.parameters(), other.parameters()):
         assert all(
-            torch.equal(value, again.state[q][key]) for key, value in optimizer.state[p].items()
+            torch.equal(value, again.state[q][key])
+            for key, value in optimizer.state[p].items()
         )
     assert again.param_groups[0]["lr"] == 0.01
 
@@ -363,7 +383,8 @@ def start(*command: str, out: Path, **environment: str) -> subprocess.Popen:
         | environment
     )
     return subprocess.Popen(
-        [sys.executable, *command, str(Path(__file__)), "--out", str(out)] + ["--pause", "0.3"],
+        [sys.executable, *command, str(Path(__file__)), "--out", str(out)]
+        + ["--pause", "0.3"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -408,7 +429,9 @@ def test_stopped_in_peace(whole, tmp_path):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130, said
     assert (
-        "ending this step" in said and "with --resume goes on" in said and "Traceback" not in said
+        "ending this step" in said
+        and "with --resume goes on" in said
+        and "Traceback" not in said
     )
     last = int(re.search(r"stopped after step (\d)", said)[1])
     assert (
@@ -422,12 +445,16 @@ def test_stopped_in_peace(whole, tmp_path):
 
 def test_the_second_interrupt_kills_unless_it_is_the_echo_of_the_first(monkeypatch, capfd):
     killed = []
-    monkeypatch.setattr(runtime.os, "kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(
+        runtime.os, "kill", lambda pid, number: killed.append((pid, number))
+    )
     before = signal.getsignal(signal.SIGINT)
     with runtime.Interrupt(ALONE) as interrupt:
         assert not interrupt.requested
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # torchrun hands on what the terminal has already sent
+        signal.raise_signal(
+            signal.SIGINT
+        )  # torchrun hands on what the terminal has already sent
         assert interrupt.requested and not killed
         interrupt._asked -= 2
         signal.raise_signal(signal.SIGTERM)
@@ -453,10 +480,15 @@ def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
     runtime.broadcast_parameters(net, rt)
     runtime.broadcast_parameters(net, rt)  # says nothing: they are the same now
     sums = {name: p.double().sum().item() for name, p in net.named_parameters()}
-    assert runtime.sum_over_ranks(sums, rt) == {name: 2 * total for name, total in sums.items()}
+    assert runtime.sum_over_ranks(sums, rt) == {
+        name: 2 * total for name, total in sums.items()
+    }
 
     calls, all_reduce = [], torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda tensor: (calls.append(tensor.numel()), all_reduce(tensor))
+    torch.distributed.all_reduce = lambda tensor: (
+        calls.append(tensor.numel()),
+        all_reduce(tensor),
+    )
     for has in ("both", "one", "none"):  # as many collectives whatever the data
         net.zero_grad(set_to_none=True)
         if has == "both" or has == "one" and rt.rank == 1:
@@ -527,12 +559,15 @@ def test_two_processes(tmp_path):
     said = process.communicate(timeout=100)[0]
     assert process.returncode == 0, said
     assert said.count("step     1") == 2  # of each run one line, not one for each rank
-    told = "the weights that 1 process(es) had read differed: all go on with those of rank 0"
+    told = (
+        "the weights that 1 process(es) had read differed: all go on with those of rank 0"
+    )
     assert said.count(told) == 4  # at the start, and of each of three runs
     assert_same_run(tmp_path / "run-whole", tmp_path / "run-parts")
     folder = run_folder.checkpoints(tmp_path / "run-whole")[-1]
     ranks = [
-        json.loads((folder / f"rank-{rank}.json").read_text())["generators"] for rank in (0, 1)
+        json.loads((folder / f"rank-{rank}.json").read_text())["generators"]
+        for rank in (0, 1)
     ]
     assert len(ranks[0]) == 3 and all(ranks[0][name] != ranks[1][name] for name in ranks[0])
 
@@ -570,14 +605,20 @@ def test_optimizer_groups():
     matrices, vectors = optimizer.param_groups
     assert {p.ndim for p in matrices["params"]} == {2} and matrices["weight_decay"] == 0.3
     assert {p.ndim for p in vectors["params"]} == {1} and vectors["weight_decay"] == 0.0
-    assert len(matrices["params"] + vectors["params"]) == 4  # the frozen layer is not among them
+    assert (
+        len(matrices["params"] + vectors["params"]) == 4
+    )  # the frozen layer is not among them
     with pytest.raises(ValueError, match="nothing to train"):
         runtime.build_optimizer(Net().requires_grad_(False), 0.1, 0.0)
 
 
 def test_schedule():
-    factors = [runtime.cosine_with_warmup(step, 110, warmup=10, floor=0.1) for step in range(111)]
-    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and factors[10] == 1
+    factors = [
+        runtime.cosine_with_warmup(step, 110, warmup=10, floor=0.1) for step in range(111)
+    ]
+    assert (
+        factors[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and factors[10] == 1
+    )
     assert factors[60] == pytest.approx(0.55) and factors[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
     assert (
@@ -605,9 +646,8 @@ def test_options():
         and config.levels == [0.25, 0.5]
         and config.levels is not Options(3).levels
     )
-    argv = (
-        "--needed 1 --name y --rate 2e-6 --no-tree --loss dapo --max-items 4 --levels 1 --words a b"
-    )
+    argv = "--needed 1 --name y --rate 2e-6 --no-tree --loss dapo --max-items 4 --levels 1"
+    argv += " --words a b"
     config = runtime.parse_config(Options, argv.split())
     assert config == Options(1, "y", 2e-6, False, "dapo", 4, [1.0], ["a", "b"])
 
@@ -650,7 +690,9 @@ def test_three_steps_without_a_finite_gradient_end_a_run(tmp_path, capsys):
     net = Net()
     optimizer = runtime.build_optimizer(net, 0.1, 0.1)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    for step, gradient in enumerate([1.0, math.nan, math.inf, 1.0, -math.inf, math.nan], start=1):
+    for step, gradient in enumerate(
+        [1.0, math.nan, math.inf, 1.0, -math.inf, math.nan], start=1
+    ):
         net.layer.weight.grad = torch.full((3, 4), gradient)
         norm = runtime.update(optimizer, ALONE, 0.1, max_grad_norm=1.0)
         assert math.isfinite(norm) == (gradient == 1.0) and net.layer.weight.grad is None
@@ -664,7 +706,9 @@ def test_three_steps_without_a_finite_gradient_end_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit, match="last 3 steps were not finite.*after step 7"):
         run.end_step(7, False, net, Processor(), optimizer)
     assert [folder.name for folder in run_folder.checkpoints(tmp_path)] == ["step-000007"]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 1, 1] and rows[1][
         "grad_norm"
     ] is None
@@ -672,7 +716,9 @@ def test_three_steps_without_a_finite_gradient_end_a_run(tmp_path, capsys):
 
 def test_save_every_0_is_never_but_at_the_end(tmp_path):
     train(Config(out=str(tmp_path / "run"), save_every=0), ALONE)
-    assert [folder.name for folder in run_folder.checkpoints(tmp_path / "run")] == ["step-000006"]
+    assert [folder.name for folder in run_folder.checkpoints(tmp_path / "run")] == [
+        "step-000006"
+    ]
 
 
 @pytest.mark.parametrize("when, kept", [("before", 3), ("after", 2)])
@@ -768,8 +814,15 @@ def test_curves(tmp_path, monkeypatch):
     run.log(41, {"loss": 0.01}, "")
     assert len(drawn) == 1
     loss, terms = drawn[0].axes
-    assert (loss.get_title(), terms.get_title(), loss.get_xlabel()) == ("loss", "the terms", "step")
-    assert [text.get_text() for text in terms.get_legend().get_texts()] == ["part/a", "part/b"]
+    assert (loss.get_title(), terms.get_title(), loss.get_xlabel()) == (
+        "loss",
+        "the terms",
+        "step",
+    )
+    assert [text.get_text() for text in terms.get_legend().get_texts()] == [
+        "part/a",
+        "part/b",
+    ]
     assert loss.lines[0].get_ydata()[0] == 1.0 and len(terms.lines[0].get_xdata()) == 20
     image = matplotlib.image.imread(tmp_path / "curves.png")
     assert (
@@ -815,7 +868,9 @@ print("left")
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_process_that_has_left_ends_at_once_but_not_before_others_last_words(tmp_path, fails):
+def test_a_process_that_has_left_ends_at_once_but_not_before_others_last_words(
+    tmp_path, fails
+):
     (tmp_path / "leave.py").write_text(LEAVE)
     done = subprocess.run(
         [

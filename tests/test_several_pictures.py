@@ -41,7 +41,10 @@ def asked(text):
 def pictures():
     rng = np.random.default_rng(0)
     return [
-        [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+        [
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+            for size in sizes
+        ]
         for sizes in SIZES
     ]
 
@@ -55,14 +58,20 @@ def no_plots(monkeypatch):
 
 
 def test_two_pictures(tmp_path):
-    for form in ({"image": ["a.png", "b/c.png"]}, {"image": None, "images": ["a.png", "b/c.png"]}):
+    for form in (
+        {"image": ["a.png", "b/c.png"]},
+        {"image": None, "images": ["a.png", "b/c.png"]},
+    ):
         (record,) = records.read(write(tmp_path, line(conversations=PAIR, **form)))
         assert (
             record["image"]
             == [str(tmp_path / "a.png"), str(tmp_path / "b/c.png")]
             == records.image_paths(record["image"])
         )
-        assert record["question"] == "what is it?\n0. cat 1. car" and record["response"] == CHAIN
+        assert (
+            record["question"] == "what is it?\n0. cat 1. car"
+            and record["response"] == CHAIN
+        )
 
 
 @pytest.mark.parametrize(
@@ -110,14 +119,19 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, changes, message):
 
 
 def test_all_pictures_are_counted_and_named(tmp_path, processor):
-    (record,) = records.read(write(tmp_path, line(image=["a.png", "b.png"], conversations=PAIR)))
+    (record,) = records.read(
+        write(tmp_path, line(image=["a.png", "b.png"], conversations=PAIR))
+    )
     Image.new("RGB", (112, 112)).save(tmp_path / "a.png")
     with pytest.raises(
         records.DataError, match=r"train\.jsonl:1: .*b\.png: cannot be read as an image"
     ):
         data.load_batch([record], processor)
     Image.new("RGB", (112, 56)).save(tmp_path / "b.png")
-    assert data.load_batch([record], processor, 24).grid_thw.tolist() == [[1, 8, 8], [1, 4, 8]]
+    assert data.load_batch([record], processor, 24).grid_thw.tolist() == [
+        [1, 8, 8],
+        [1, 4, 8],
+    ]
     message = (
         r"train\.jsonl:1: .*a\.png \(112 x 112\) and .*b\.png \(112 x 56\) together take 24 tok"
         r"ens, "
@@ -164,7 +178,9 @@ def test_a_part_of_a_batch_keeps_its_own_pictures(processor):
         and turned.ids == [whole.ids[2], whole.ids[1]]
         and len(turned.pixel_values) == (9 + 18) * 4
     )
-    assert torch.equal(turned.grid_thw, torch.cat([whole[[2]].grid_thw, whole[[1]].grid_thw]))
+    assert torch.equal(
+        turned.grid_thw, torch.cat([whole[[2]].grid_thw, whole[[1]].grid_thw])
+    )
 
 
 @torch.no_grad()
@@ -183,7 +199,10 @@ def test_positions_and_log_probabilities_are_those_of_transformers(processor, mo
     monkeypatch.setattr(
         type(model.model.language_model),
         "forward",
-        lambda self, **options: (seen.append(options["position_ids"]), forward(self, **options))[1],
+        lambda self, **options: (
+            seen.append(options["position_ids"]),
+            forward(self, **options),
+        )[1],
     )
     for prompt, text, own, group in zip(prompts, TEXTS, pictures(), responses):
         pixel_values, grid = processor.pixels(own)
@@ -197,7 +216,9 @@ def test_positions_and_log_probabilities_are_those_of_transformers(processor, mo
                 image_grid_thw=grid,
                 mm_token_type_ids=(row == processor.image_token_id).int(),
             ).logits[0, len(ids) - 1 : -1]
-            rows.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0])
+            rows.append(
+                logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+            )
             positions = seen.pop()[-3:, 0]  # transformers' own, (3, P + L)
             assert (
                 torch.equal(positions[:, : len(ids)], prompt.positions)
@@ -225,7 +246,8 @@ def pairs(world_folder, tmp_path_factory):
     (folder / "recovered").mkdir()
     for name in ("train", "test"):
         lines = [
-            json.loads(text) for text in (world_folder / f"{name}.jsonl").read_text().splitlines()
+            json.loads(text)
+            for text in (world_folder / f"{name}.jsonl").read_text().splitlines()
         ]
         for i, record in enumerate(lines):
             if i % 4 < 3:
@@ -297,7 +319,8 @@ def test_the_loss_is_that_of_plain_transformers_with_masked_labels(
         )
     assert several >= 3 and rows(tuned)[0]["tokens"] == tokens
     assert (
-        rows(tuned)[0]["loss"] == pytest.approx(total / tokens, rel=1e-5) and len(rows(tuned)) == 2
+        rows(tuned)[0]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+        and len(rows(tuned)) == 2
     )
 
 
@@ -345,14 +368,21 @@ def test_micro_batches_cut_between_prompts(checkpoint, pairs, tmp_path, script):
                 size,
             ]
         )
-        losses.append({name: rows(tmp_path / size)[0][name] for name in ("loss", "grad_norm")})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-5) and losses[0]["grad_norm"] > 0
+        losses.append(
+            {name: rows(tmp_path / size)[0][name] for name in ("loss", "grad_norm")}
+        )
+    assert (
+        losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-5)
+        and losses[0]["grad_norm"] > 0
+    )
     if script == "grpo":
         dumped = [
             json.loads(text)
             for text in (tmp_path / "6" / "rollouts.jsonl").read_text().splitlines()
         ]
-        assert any(isinstance(row["image"], list) and len(row["image"]) == 2 for row in dumped)
+        assert any(
+            isinstance(row["image"], list) and len(row["image"]) == 2 for row in dumped
+        )
 
 
 @both
@@ -395,7 +425,9 @@ def test_evaluation(pairs, tuned, tmp_path, monkeypatch):
     lines = (folder / "test.jsonl").read_text().splitlines()
     pair = json.loads(lines[0])
     alone = copy.deepcopy(pair) | {"id": "alone", "image": pair["image"][0]}
-    alone["conversations"][0]["value"] = alone["conversations"][0]["value"].removeprefix("<image>")
+    alone["conversations"][0]["value"] = alone["conversations"][0]["value"].removeprefix(
+        "<image>"
+    )
     swapped = copy.deepcopy(pair) | {"id": "swapped", "image": pair["image"][::-1]}
     (folder / "test.jsonl").write_text(
         "\n".join([*lines, json.dumps(alone), json.dumps(swapped)]) + "\n"
@@ -404,7 +436,10 @@ def test_evaluation(pairs, tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(
         vlm,
         "encode_images",
-        lambda model, pixels, grid: (encoded.append(len(grid)), encode(model, pixels, grid))[1],
+        lambda model, pixels, grid: (
+            encoded.append(len(grid)),
+            encode(model, pixels, grid),
+        )[1],
     )
     evaluate.main(
         [
@@ -428,7 +463,8 @@ def test_evaluation(pairs, tuned, tmp_path, monkeypatch):
     answers = {
         row["key"]: row
         for row in map(
-            json.loads, (tmp_path / "out" / "model" / "predictions.jsonl").read_text().splitlines()
+            json.loads,
+            (tmp_path / "out" / "model" / "predictions.jsonl").read_text().splitlines(),
         )
     }
     asked_for = records.read(folder / "test.jsonl")
@@ -458,5 +494,7 @@ def test_evaluation(pairs, tuned, tmp_path, monkeypatch):
             max_new_tokens=20,
             banned=processor.banned_ids,
         )
-        assert answers[str(r["number"])]["response"] == processor.decode(answer.ids), r["id"]
+        assert answers[str(r["number"])]["response"] == processor.decode(answer.ids), r[
+            "id"
+        ]
     assert "Table 1" in (tmp_path / "out" / "report.txt").read_text()

@@ -110,7 +110,10 @@ def train(folder: Path, name: str, flags: str) -> dict:
         "came on": sorted(seen["came on"]),
         "one tower": len({id(model.model.visual) for model in models}) == 1,
         "here": [
-            sum(p.to_local().numel() if isinstance(p, DTensor) else 0 for p in model.parameters())
+            sum(
+                p.to_local().numel() if isinstance(p, DTensor) else 0
+                for p in model.parameters()
+            )
             for model in models
         ],
         "whole": [
@@ -141,9 +144,13 @@ def stop_and_go_on(folder: Path) -> None:
 def sample(model, processor, found, rt) -> list:
     """Each rank its own prompts and lengths of response."""
     options = dict(
-        end_id=processor.end_id, max_new_tokens=(5, 14)[rt.rank], banned=processor.banned_ids
+        end_id=processor.end_id,
+        max_new_tokens=(5, 14)[rt.rank],
+        banned=processor.banned_ids,
     )
-    prompts = data.encode(model, data.load_batch(found[rt.rank : 3 * rt.rank + 2], processor))
+    prompts = data.encode(
+        model, data.load_batch(found[rt.rank : 3 * rt.rank + 2], processor)
+    )
     seeds = [rt.rank + seed for seed in range(len(prompts))]
     with shard.gathered(model.eval()):
         found = rollout.sample_group(model, prompts, 3, seeds, **options)
@@ -156,7 +163,10 @@ def gradients(model, processor, found, rt) -> tuple[float, dict[str, torch.Tenso
     with rt.autocast():
         prompts = data.encode(model.train(), data.load_batch(mine, processor))
         logps, mask, _ = shard.forward(
-            model, vlm.group_logps, prompts, [[processor.response_ids(r["response"])] for r in mine]
+            model,
+            vlm.group_logps,
+            prompts,
+            [[processor.response_ids(r["response"])] for r in mine],
         )
     loss = -(logps * mask).mean()
     loss.backward()
@@ -196,13 +206,18 @@ def compare(folder: Path, rt: runtime.Runtime) -> dict:
             said |= {
                 "samples": [a, b],
                 "collectives": collectives.counts,
-                "kept": all(isinstance(p, DTensor) for p in other.parameters() if p.requires_grad),
+                "kept": all(
+                    isinstance(p, DTensor) for p in other.parameters() if p.requires_grad
+                ),
             }
         (loss, grads), (sharded_loss, sharded_grads) = (
             gradients(model, processor, found_records, rt) for model in (one, other)
         )
         apart = max(
-            float((grads[name] - sharded_grads[name]).norm() / grads[name].norm().clamp(min=1e-6))
+            float(
+                (grads[name] - sharded_grads[name]).norm()
+                / grads[name].norm().clamp(min=1e-6)
+            )
             for name in grads
         )
         said[str(dtype)] = {
@@ -242,10 +257,17 @@ def inputs(checkpoint, world_folder, processor, tmp_path_factory) -> dict:
     untied = tmp_path_factory.mktemp("untied")
     model = random_model(processor.tokenizer)
     projection = model.lm_head.weight.detach().clone()
-    model.config.tie_word_embeddings, model.config.text_config.tie_word_embeddings = False, False
+    model.config.tie_word_embeddings, model.config.text_config.tie_word_embeddings = (
+        False,
+        False,
+    )
     model.lm_head.weight = torch.nn.Parameter(projection.flip(1) + projection)
     model.save_pretrained(untied), processor.save_pretrained(untied)
-    return {"model": checkpoint, "untied": str(untied), "data": f"{world_folder}/train.jsonl"}
+    return {
+        "model": checkpoint,
+        "untied": str(untied),
+        "data": f"{world_folder}/train.jsonl",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +326,8 @@ def assert_close(a: Path, b: Path, start: str) -> None:
     a, b, start = (load_file(Path(path) / "model.safetensors") for path in (a, b, start))
     assert a.keys() == b.keys() == start.keys()
     a, b = (
-        torch.cat([(tensors[name] - start[name]).flatten() for name in start]) for tensors in (a, b)
+        torch.cat([(tensors[name] - start[name]).flatten() for name in start])
+        for tensors in (a, b)
     )
     assert b.norm() > 0 and (a - b).norm() < 1e-3 * b.norm()
 
@@ -312,7 +335,11 @@ def assert_close(a: Path, b: Path, start: str) -> None:
 def rows(run: Path) -> list[dict]:
     clocks = ("seconds", "tokens_per_second")
     return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(clocks)}
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if not key.startswith(clocks)
+        }
         for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
 
@@ -338,7 +365,8 @@ def test_a_projection_of_its_own_is_trained_and_written(folder, inputs):
         (key,) = [
             key
             for key in after
-            if key.endswith(name) or key.endswith(name.replace("model.language_model", "model"))
+            if key.endswith(name)
+            or key.endswith(name.replace("model.language_model", "model"))
         ]
         assert not torch.equal(before[key], after[key])
 
@@ -347,7 +375,10 @@ def test_each_process_keeps_its_half(ranks):
     """Policy and reference, after the last step; one vision tower serves both."""
     for said in ranks:
         for name in JOBS:
-            assert said[name]["sharded"] == (1 if "sft" in name else 2) and said[name]["one tower"]
+            assert (
+                said[name]["sharded"] == (1 if "sft" in name else 2)
+                and said[name]["one tower"]
+            )
             for here, whole in zip(said[name]["here"], said[name]["whole"]):
                 assert 0.48 * whole < here < 0.52 * whole
 
@@ -375,7 +406,9 @@ def test_checkpointing_computes_every_layer_again(ranks):
 def test_collectives_do_not_depend_on_the_data(ranks):
     """Nor on the rank, nor on how long the responses become."""
     for name in ("sft", "grpo"):
-        counts = [said[job]["collectives"] for said in ranks for job in (name, name + "-other")]
+        counts = [
+            said[job]["collectives"] for said in ranks for job in (name, name + "-other")
+        ]
         assert all(count == counts[0] for count in counts)
         assert sum(counts[0].values()) > 10, counts[0]
 
@@ -389,7 +422,9 @@ def test_gathered_samples_are_the_same_tokens(ranks):
         for (_, one), (_, other) in zip(a, b):
             assert one == pytest.approx(other, abs=1e-5)
         assert sum(counts.values()) == 3 and said["compare"]["kept"], counts
-    short, long = (max(len(ids) for ids, _ in said["compare"]["samples"][0]) for said in ranks)
+    short, long = (
+        max(len(ids) for ids, _ in said["compare"]["samples"][0]) for said in ranks
+    )
     assert short <= 5 < long
 
 
@@ -397,7 +432,9 @@ def test_gradients_are_summed_in_float32_also_where_layers_travel_in_bfloat16(ra
     for dtype, tolerance in (("torch.float32", 1e-4), ("torch.bfloat16", 0.1)):
         said = ranks[0]["compare"][dtype]
         assert (
-            said["names"] and said["dtypes"] == ["torch.float32"] and said["apart"] < tolerance
+            said["names"]
+            and said["dtypes"] == ["torch.float32"]
+            and said["apart"] < tolerance
         ), said
         assert said["losses"][0] == pytest.approx(said["losses"][1], rel=tolerance / 10)
 
@@ -444,13 +481,18 @@ def test_stopped_on_two_processes_it_goes_on_on_two_and_then_on_one(
             torch.equal(one[name], other[name]) for name in one
         )
     for rank in (0, 1):
-        assert (a / f"rank-{rank}.json").read_text() == (b / f"rank-{rank}.json").read_text()
+        assert (a / f"rank-{rank}.json").read_text() == (
+            b / f"rank-{rank}.json"
+        ).read_text()
     go_on = folder / "alone" / "sft-stopped"
     shutil.copytree(stopped, go_on)
     shutil.copy(folder / "inputs.json", go_on.parent)
     module, argv = arguments(go_on.parent, "sft-stopped", SFT + " --resume")
     importlib.import_module(module).main(argv)
-    assert "2 process(es) wrote it, 1 go on: random states start afresh" in capsys.readouterr().out
+    assert (
+        "2 process(es) wrote it, 1 go on: random states start afresh"
+        in capsys.readouterr().out
+    )
     assert_close(go_on / "model", alone("sft") / "model", checkpoint)
     assert [row["step"] for row in rows(go_on)] == [1, 2, 3] and len(
         list((go_on / "checkpoints" / "step-000003").glob("rank-*"))
@@ -462,9 +504,14 @@ def test_stopped_on_two_processes_it_goes_on_on_two_and_then_on_one(
 
 def test_alone_nothing_is_sharded(checkpoint):
     model, _ = vlm.load(checkpoint)
-    kind, state = type(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kind, state = (
+        type(model),
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    )
     assert shard.shard(model, runtime.Runtime()) is model and type(model) is kind
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()
+    )
     assert shard.forward(model, lambda m, x, y: (m, x, y), 1, y=2) == (model, 1, 2)
     with shard.gathered(model):
         assert type(model) is kind
@@ -509,9 +556,9 @@ def write_real(folder: Path, layers: int | None, shard_size: str) -> str:
             [layers - 1],
         )
     torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).save_pretrained(
-        folder, max_shard_size=shard_size
-    )
+    Qwen2_5_VLForConditionalGeneration._from_config(
+        config, dtype=torch.bfloat16
+    ).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     vlm.Processor(
@@ -606,13 +653,17 @@ def test_the_whole_real_model(tmp_path, world_folder):
     """All 3.75 B parameters in bfloat16, from a folder of several files: one forward pass and a
     rollout of 8 tokens, whose log-probabilities the scoring path confirms. Needs about 16 GB of
     memory, 8 GB of disk and some minutes."""
-    model, processor = vlm.load(write_real(tmp_path / "model", None, "2GB"), dtype=torch.bfloat16)
+    model, processor = vlm.load(
+        write_real(tmp_path / "model", None, "2GB"), dtype=torch.bfloat16
+    )
     assert (
         len(list((tmp_path / "model").glob("*.safetensors"))) > 2
         and 3.7e9 < sum(p.numel() for p in model.parameters()) < 3.8e9
     )
     vlm.freeze_vision(model)
-    found = [record for record, _ in zip(records.read(world_folder / "train.jsonl"), range(2))]
+    found = [
+        record for record, _ in zip(records.read(world_folder / "train.jsonl"), range(2))
+    ]
     prompts = data.encode(model, data.load_batch(found, processor))
     groups = rollout.sample_group(
         model,

@@ -134,7 +134,15 @@ def test_the_gradients_of_the_second_step(
     seen = Watched(monkeypatch)
     given = f"{FLAGS} {flags} --loss {loss} --max-new-tokens {longest}".split()
     train_grpo.main(
-        ["--model", checkpoint, "--data", str(two_sizes), "--out", str(tmp_path / "run"), *given]
+        [
+            "--model",
+            checkpoint,
+            "--data",
+            str(two_sizes),
+            "--out",
+            str(tmp_path / "run"),
+            *given,
+        ]
     )
 
     # what was sampled for which record, and what it earned
@@ -155,13 +163,17 @@ def test_the_gradients_of_the_second_step(
     if flags:
         assert 0 < sum(counted) < len(counted), "some responses must be cut off"
     else:
-        assert not any(r.truncated for _, r in rollouts), "--max-new-tokens must not be reached"
+        assert not any(r.truncated for _, r in rollouts), (
+            "--max-new-tokens must not be reached"
+        )
     tokens = sum(len(r.ids) for (_, r), counts in zip(rollouts, counted) if counts)
 
     # the same gradients, one response at a time
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint).eval()
     with torch.no_grad():
-        reference = [policy_logps(model, processor, record, r.ids) for record, r in rollouts]
+        reference = [
+            policy_logps(model, processor, record, r.ids) for record, r in rollouts
+        ]
     old = []
     for update in (2, 3):  # the first two belong to the first step
         model.load_state_dict(seen.weights[update], strict=False)
@@ -184,27 +196,45 @@ def test_the_gradients_of_the_second_step(
         theirs = seen.gradients[update]
         apart = sum((mine[name].grad - g).pow(2).sum() for name, g in theirs.items()) ** 0.5
         whole = sum(g.pow(2).sum() for g in theirs.values()) ** 0.5
-        assert whole > 1e-3 and apart / whole < 1e-5, f"update {update}: {apart / whole:.1e}"
+        assert whole > 1e-3 and apart / whole < 1e-5, (
+            f"update {update}: {apart / whole:.1e}"
+        )
     assert any(a is not None and not torch.equal(a, b) for a, b in zip(old, reference))
 
 
-def test_the_random_numbers_of_two_steps_differ(checkpoint, two_sizes, tmp_path, monkeypatch):
+def test_the_random_numbers_of_two_steps_differ(
+    checkpoint, two_sizes, tmp_path, monkeypatch
+):
     """And what is sampled is what is scored: `sampler_gap` sees it at every temperature."""
     for temperature in ("0.5", "1", "1.7"):
         with monkeypatch.context() as patch:
             seen = Watched(patch)
             out = tmp_path / temperature
-            given = f"{FLAGS} --temperature {temperature} --max-new-tokens 10 --mu 1".split()
-            argv = ["--model", checkpoint, "--data", str(two_sizes), "--out", str(out), *given]
+            given = (
+                f"{FLAGS} --temperature {temperature} --max-new-tokens 10 --mu 1".split()
+            )
+            argv = [
+                "--model",
+                checkpoint,
+                "--data",
+                str(two_sizes),
+                "--out",
+                str(out),
+                *given,
+            ]
             train_grpo.main(argv)
         seeds = np.concatenate(seen.seeds)
         assert len(set(seeds)) == len(seeds) == 6
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
         for row in rows:
             assert 0 < row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4
 
 
-def test_a_sampler_at_another_temperature_is_seen(checkpoint, two_sizes, tmp_path, monkeypatch):
+def test_a_sampler_at_another_temperature_is_seen(
+    checkpoint, two_sizes, tmp_path, monkeypatch
+):
     seen = Watched(monkeypatch)
     sample_group = rollout.sample_group
     monkeypatch.setattr(
@@ -214,6 +244,8 @@ def test_a_sampler_at_another_temperature_is_seen(checkpoint, two_sizes, tmp_pat
     )
     given = f"{FLAGS} --steps 1 --mu 1 --max-new-tokens 10".split()
     out = tmp_path / "run"
-    train_grpo.main(["--model", checkpoint, "--data", str(two_sizes), "--out", str(out), *given])
+    train_grpo.main(
+        ["--model", checkpoint, "--data", str(two_sizes), "--out", str(out), *given]
+    )
     row = json.loads((out / "metrics.jsonl").read_text())
     assert row["ratio"] == 1 and row["sampler_gap"] > 0.1 and seen.sampled

@@ -46,7 +46,8 @@ class ModelServer:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = outer.answer(
-                    self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                    self.path,
+                    json.loads(self.rfile.read(int(self.headers["Content-Length"]))),
                 )
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -70,12 +71,16 @@ class ModelServer:
         text, *images = [{"text": content}] if isinstance(content, str) else content
         images = [
             Image.open(
-                io.BytesIO(base64.b64decode(part["image_url"]["url"].partition("base64,")[2]))
+                io.BytesIO(
+                    base64.b64decode(part["image_url"]["url"].partition("base64,")[2])
+                )
             ).convert("RGB")
             for part in images
         ]
         with self.lock:
-            said, tokens_in, tokens_out = self.generate(text["text"], images, request["max_tokens"])
+            said, tokens_in, tokens_out = self.generate(
+                text["text"], images, request["max_tokens"]
+            )
             if self.copies and "nothing else.\n\n" in text["text"]:
                 said = text["text"].partition("nothing else.\n\n")[2]
             self.log.append(
@@ -111,9 +116,13 @@ class ModelServer:
     @torch.inference_mode()
     def generate(self, text, images, max_tokens):
         pixels, grid = (
-            self.processor.pixels(images) if images else (None, torch.zeros(0, 3, dtype=torch.long))
+            self.processor.pixels(images)
+            if images
+            else (None, torch.zeros(0, 3, dtype=torch.long))
         )
-        ids = torch.tensor([self.processor.prompt_ids(text, self.processor.visual_tokens(grid))])
+        ids = torch.tensor(
+            [self.processor.prompt_ids(text, self.processor.visual_tokens(grid))]
+        )
         seen = (
             {
                 "pixel_values": pixels,
@@ -157,8 +166,15 @@ def drawn(folder):
         scene = world.sample_scene(rng)
         Image.fromarray(world.draw(scene, rng)).save(folder / f"{n}.png")
         asked = world.questions(scene)[n % 3]
-        row = {"id": f"q{n}", "image": f"{n}.png", "question": asked.text, "answer": asked.answer}
-        lines.append(json.dumps(row | ({"choices": world.choices(asked, rng)} if n % 2 else {})))
+        row = {
+            "id": f"q{n}",
+            "image": f"{n}.png",
+            "question": asked.text,
+            "answer": asked.answer,
+        }
+        lines.append(
+            json.dumps(row | ({"choices": world.choices(asked, rng)} if n % 2 else {}))
+        )
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "questions.jsonl"
 
@@ -172,7 +188,8 @@ def photos(folder):
 def alike(sent, kept):
     """The same picture, but for what JPEG does to single pixels (colour noise loses a lot)."""
     coarse = [
-        np.asarray(Image.fromarray(np.asarray(image)).reduce(4), int) for image in (sent, kept)
+        np.asarray(Image.fromarray(np.asarray(image)).reduce(4), int)
+        for image in (sent, kept)
     ]
     return coarse[0].shape == coarse[1].shape and np.abs(coarse[0] - coarse[1]).mean() < 6
 
@@ -212,7 +229,10 @@ def test_a_real_model_teaches_over_http_and_both_trainers_learn_from_it(
         ("length", "a tag is lost")
     }
     first = list(server.log)
-    assert max(Counter(request.prompt for request in first if not request.images).values()) == 1
+    assert (
+        max(Counter(request.prompt for request in first if not request.images).values())
+        == 1
+    )
     command.main(ask)
     assert len(server.log) == len(first), "nothing is asked again by itself"
 
@@ -233,7 +253,9 @@ def test_a_real_model_teaches_over_http_and_both_trainers_learn_from_it(
     assert len(read) == n
     said = {request.prompt: request for request in first}
     for record in read:
-        X, X_d = (np.asarray(records.open_image(record[key])) for key in ("clean_image", "image"))
+        X, X_d = (
+            np.asarray(records.open_image(record[key])) for key in ("clean_image", "image")
+        )
         chain, degradations = record["chain"], record["degradations"]
         damage = ", ".join(f"{d.type}({d.intensity:.2f})" for d in degradations)
         about = [
@@ -251,7 +273,8 @@ def test_a_real_model_teaches_over_http_and_both_trainers_learn_from_it(
             and len(reasoning.images) == 1
         )
         assert (
-            chain.influence == influence.said.strip() and chain.reasoning == reasoning.said.strip()
+            chain.influence == influence.said.strip()
+            and chain.reasoning == reasoning.said.strip()
         )
         assert f"What the damage does to it:\n{chain.influence}\n" in reasoning.prompt
         [concluded] = [
@@ -267,7 +290,9 @@ def test_a_real_model_teaches_over_http_and_both_trainers_learn_from_it(
             and is_well_formed(record["response"])
             and record["teacher"] == "tiny"
         )
-    assert len({record["chain"].influence for record in read}) > 1, "the pictures are looked at"
+    assert len({record["chain"].influence for record in read}) > 1, (
+        "the pictures are looked at"
+    )
 
     # what it cost: every answer once, as the server counted
     receipts = read_lines(out / "answers.jsonl")
@@ -277,7 +302,8 @@ def test_a_real_model_teaches_over_http_and_both_trainers_learn_from_it(
     ]
     assert (
         len(receipts) == len(server.log)
-        and [sum(row[name] for row in receipts) for name in ("tokens_in", "tokens_out")] == counted
+        and [sum(row[name] for row in receipts) for name in ("tokens_in", "tokens_out")]
+        == counted
     )
     cost = (2 * counted[0] + 10 * counted[1]) / 1e6
     assert (

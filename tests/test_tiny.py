@@ -51,7 +51,9 @@ def chains(processor):
         damage = [] if rng.random() < 1 / 8 else sample_degradations(rng, low=1, high=2)
         answer = None if question.kind == "caption" else question.answer
         text = render(world.true_chain(scene, question, damage, answer))
-        rows.append((sum(d.intensity for d in damage), text, len(processor.response_ids(text)) - 1))
+        rows.append(
+            (sum(d.intensity for d in damage), text, len(processor.response_ids(text)) - 1)
+        )
     return rows
 
 
@@ -74,22 +76,29 @@ def test_the_same_seed_draws_the_same_in_another_process(samples):
         [sys.executable, "-c", HASH], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     ours = [
-        hashlib.sha256(clean.tobytes() + image.tobytes() + json.dumps(record).encode()).hexdigest()
+        hashlib.sha256(
+            clean.tobytes() + image.tobytes() + json.dumps(record).encode()
+        ).hexdigest()
         for clean, image, record in (samples[i] for i in (0, 1, 2, 17))
     ]
     assert ours == other and len(set(ours)) == 4
 
 
 def test_another_seed_is_another_world():
-    assert all((world.sample(i, 0).clean != world.sample(i, 1).clean).any() for i in range(3))
+    assert all(
+        (world.sample(i, 0).clean != world.sample(i, 1).clean).any() for i in range(3)
+    )
 
 
 def test_pictures_and_forms(samples):
     for clean, image, record in samples:
         assert (
-            clean.shape == image.shape == (112, 112, 3) and clean.dtype == image.dtype == np.uint8
+            clean.shape == image.shape == (112, 112, 3)
+            and clean.dtype == image.dtype == np.uint8
         )
-        assert (clean == image).all() == (not any(d["intensity"] for d in record["degradations"]))
+        assert (clean == image).all() == (
+            not any(d["intensity"] for d in record["degradations"])
+        )
     share = {
         form: np.mean([s.record["form"] == form for s in samples])
         for form in ("choice", "open", "caption")
@@ -100,7 +109,9 @@ def test_pictures_and_forms(samples):
         and abs(share["caption"] - 0.2) < 0.15
     )
     assert 0.03 < np.mean([not s.record["degradations"] for s in samples]) < 0.25
-    assert len({d["type"] for s in samples for d in s.record["degradations"]}) == len(DEGRADATIONS)
+    assert len({d["type"] for s in samples for d in s.record["degradations"]}) == len(
+        DEGRADATIONS
+    )
 
 
 # ---------------------------------------------------------------- scenes and questions
@@ -145,7 +156,11 @@ def answers(scene, text):
 def test_every_question_has_one_right_answer(scenes):
     for scene in scenes:
         asked = world.questions(scene)
-        assert len({question.text for question in asked}) == len(asked) == 3 * len(scene.things) + 3
+        assert (
+            len({question.text for question in asked})
+            == len(asked)
+            == 3 * len(scene.things) + 3
+        )
         for question in asked:
             assert answers(scene, question.text) == [question.answer]
             assert question.answer in question.statement
@@ -201,7 +216,9 @@ def test_chains_grow_with_the_total_intensity(chains):
         np.array([total for total, _, _ in chains]),
         np.array([n for _, _, n in chains]),
     )
-    means = [lengths[(totals >= low) & (totals < low + 0.5)].mean() for low in (0, 0.5, 1.0)]
+    means = [
+        lengths[(totals >= low) & (totals < low + 0.5)].mean() for low in (0, 0.5, 1.0)
+    ]
     assert means[0] + 5 < means[1] and means[1] + 5 < means[2], means
     assert np.corrcoef(totals, lengths)[0, 1] > 0.6
 
@@ -217,10 +234,13 @@ def test_chains_are_short_enough_for_a_laptop(chains):
 
 def test_the_tokenizer_gives_chains_and_prompts_back(processor, chains, samples):
     prompts = [
-        build_prompt(s.record["conversations"][0]["value"].removeprefix("<image>")) for s in samples
+        build_prompt(s.record["conversations"][0]["value"].removeprefix("<image>"))
+        for s in samples
     ]
     for text in (
-        [text for _, text, _ in chains[:200]] + prompts + ["Übrigens 你好 ~{}[]^|\t\\ 3.14e-7"]
+        [text for _, text, _ in chains[:200]]
+        + prompts
+        + ["Übrigens 你好 ~{}[]^|\t\\ 3.14e-7"]
     ):
         assert processor.decode(processor.response_ids(text)) == text
 
@@ -229,7 +249,9 @@ def test_digits_stand_apart_and_each_tag_of_a_chain_is_one_token(processor, chai
     split = processor.tokenizer.tokenize("<TYPE>noise(0.47), darkness(1.00)<TYPE_END>")
     assert [token for token in split if any(c.isdigit() for c in token)] == list("047100")
     assert not [
-        token for token in processor.tokenizer.get_vocab() if len(re.findall(r"\d", token)) > 1
+        token
+        for token in processor.tokenizer.get_vocab()
+        if len(re.findall(r"\d", token)) > 1
     ]
     for _, text, _ in chains[:100]:
         tokens = processor.tokenizer.tokenize(text)
@@ -242,7 +264,8 @@ def test_digits_stand_apart_and_each_tag_of_a_chain_is_one_token(processor, chai
 def test_the_processor_is_qwens(processor):
     text = processor.tokenizer.decode(processor.prompt_ids("why?", [2]))
     assert (
-        text == "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>why?"
+        text
+        == "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>why?"
         "<|im_end|>\n<|im_start|>assistant\n"
     )
     _, grid = processor.pixels([np.zeros((112, 112, 3), np.uint8)])
@@ -266,7 +289,10 @@ def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
     assert {n: p.shape for n, p in shipped.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()
     }
-    assert shipped.config.text_config.rope_parameters == model.config.text_config.rope_parameters
+    assert (
+        shipped.config.text_config.rope_parameters
+        == model.config.text_config.rope_parameters
+    )
     assert set(processor.tokenizer.get_vocab()) == set(built.tokenizer.get_vocab())
     for text in tiny_model.corpus(40, seed=1):
         assert processor.tokenizer.tokenize(text) == built.tokenizer.tokenize(text), text
@@ -282,7 +308,9 @@ def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
 
 
 def test_written_records_load(world_folder):
-    train, test = (records.read(world_folder / f"{split}.jsonl") for split in ("train", "test"))
+    train, test = (
+        records.read(world_folder / f"{split}.jsonl") for split in ("train", "test")
+    )
     assert (
         len(train) == 48
         and len(test) == 16
@@ -297,11 +325,13 @@ def test_written_records_load(world_folder):
         clean, damaged = (
             np.asarray(records.open_image(record[key])) for key in ("clean_image", "image")
         )
-        assert (clean == damaged).all() == (not any(d.intensity for d in record["degradations"]))
+        assert (clean == damaged).all() == (
+            not any(d.intensity for d in record["degradations"])
+        )
     drawn = world.sample(5, seed=0)
-    assert (np.asarray(records.open_image(train[5]["image"])) == drawn.image).all() and train[5][
-        "id"
-    ] == drawn.record["id"]
+    assert (
+        np.asarray(records.open_image(train[5]["image"])) == drawn.image
+    ).all() and train[5]["id"] == drawn.record["id"]
 
 
 def test_a_world_cut_off_while_it_was_written_is_finished_and_one_that_is_whole_is_left_alone(
@@ -309,15 +339,22 @@ def test_a_world_cut_off_while_it_was_written_is_finished_and_one_that_is_whole_
 ):
     world.write(tmp_path, train=3, test=2)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path.name for path in files if path.suffix != ".png"} == {"train.jsonl", "test.jsonl"}
+    assert {path.name for path in files if path.suffix != ".png"} == {
+        "train.jsonl",
+        "test.jsonl",
+    }
     written = (tmp_path / "train.jsonl").stat().st_mtime_ns
     (tmp_path / "test.jsonl").unlink()
     next((tmp_path / "clean").iterdir()).unlink()
     world.write(tmp_path, train=3, test=2)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    assert {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    } == files
     assert (tmp_path / "train.jsonl").stat().st_mtime_ns == written
     for other in ({"train": 4, "test": 2}, {"train": 3, "test": 2, "seed": 1}):
-        with pytest.raises(SystemExit, match="train.jsonl holds another world .3 records.*--out"):
+        with pytest.raises(
+            SystemExit, match="train.jsonl holds another world .3 records.*--out"
+        ):
             world.write(tmp_path, **other)
 
 
@@ -331,7 +368,9 @@ def test_a_world_of_another_version_is_not_trained_on(tmp_path, monkeypatch):
     )  # with `clean_image`, which is no difference
     path = tmp_path / "world" / "train.jsonl"
     path.write_text(path.read_text().replace("the picture shows", "one sees"))
-    with pytest.raises(SystemExit, match="drawn by another version of rr1: delete that folder"):
+    with pytest.raises(
+        SystemExit, match="drawn by another version of rr1: delete that folder"
+    ):
         tiny.dataset("train")
 
 

@@ -23,7 +23,18 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 import train_grpo
 import train_sft
 from degrade import Degradation
-from rr1 import data, grpo, records, rewards, rollout, run_folder, runtime, tiny, training, vlm
+from rr1 import (
+    data,
+    grpo,
+    records,
+    rewards,
+    rollout,
+    run_folder,
+    runtime,
+    tiny,
+    training,
+    vlm,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": train_sft, "grpo": train_grpo}
@@ -32,7 +43,13 @@ SMALL = {
     "grpo": "--steps 2 --prompts 3 --group-size 4 --max-new-tokens 12 --micro-batch 3 --lr 1e-3 "
     "--warmup 1",
 }
-CLOCKS = {"seconds", "tokens_per_second", "seconds/rollout", "seconds/score", "seconds/update"}
+CLOCKS = {
+    "seconds",
+    "tokens_per_second",
+    "seconds/rollout",
+    "seconds/score",
+    "seconds/update",
+}
 both = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -43,8 +60,13 @@ class Run:
     @property
     def rows(self) -> list[dict]:
         """metrics.jsonl without the clocks."""
-        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+        rows = [
+            json.loads(line)
+            for line in (self.out / "metrics.jsonl").read_text().splitlines()
+        ]
+        return [
+            {key: value for key, value in row.items() if key not in CLOCKS} for row in rows
+        ]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -59,7 +81,12 @@ class Lab:
     """Runs the scripts in this process; the same flags are run once."""
 
     def __init__(self, checkpoint, world_folder, folder):
-        self.checkpoint, self.world, self.folder, self.done = checkpoint, world_folder, folder, {}
+        self.checkpoint, self.world, self.folder, self.done = (
+            checkpoint,
+            world_folder,
+            folder,
+            {},
+        )
 
     def arguments(self, script: str, flags: str, out: Path) -> list[str]:
         return [
@@ -120,16 +147,19 @@ def test_files_of_a_run(lab, script):
         {"rollouts.jsonl"} if script == "grpo" else set()
     )
     assert {path.name for path in run.out.iterdir()} == expected
-    assert run.checkpoints == ["step-000002"] and [row["step"] for row in run.rows] == [1, 2]
+    assert run.checkpoints == ["step-000002"] and [row["step"] for row in run.rows] == [
+        1,
+        2,
+    ]
     config = json.loads((run.out / "config.json").read_text())
     assert (
         config["steps"] == 2
         and config["lr"] == 1e-3
         and config.keys() == {f.name for f in fields(SCRIPTS[script].Config)}
     )
-    assert all(isinstance(value, (int, float)) for row in run.rows for value in row.values()), (
-        "every metric is finite"
-    )
+    assert all(
+        isinstance(value, (int, float)) for row in run.rows for value in row.values()
+    ), "every metric is finite"
 
 
 def test_rollouts_can_be_read(lab):
@@ -147,7 +177,9 @@ def test_rollouts_can_be_read(lab):
         assert row["reward"] == pytest.approx(row["deg"] + row["len"])
     group = [row["advantage"] for row in rows[:4]]
     assert (
-        sum(group) == pytest.approx(0, abs=1e-5) and rows[0]["step"] == 1 and rows[-1]["step"] == 2
+        sum(group) == pytest.approx(0, abs=1e-5)
+        and rows[0]["step"] == 1
+        and rows[-1]["step"] == 2
     )
 
 
@@ -223,7 +255,9 @@ def test_before_the_first_update_ratio_is_1_kl_is_0_and_the_sampler_agrees_with_
     monkeypatch.setattr(rollout, "sample_group", sample)
     monkeypatch.setattr(vlm, "group_logps", score)
     run = Run(lab.new_folder())
-    train_grpo.main(lab.arguments("grpo", f"--steps 1 --micro-batch 2 --temperature {T}", run.out))
+    train_grpo.main(
+        lab.arguments("grpo", f"--steps 1 --micro-batch 2 --temperature {T}", run.out)
+    )
     assert run.rows[0]["ratio"] == 1.0 and run.rows[0]["kl"] == 0.0
     assert abs(run.rows[0]["loss"]) < 1e-6, "advantages of a group add up to 0"
     reference, policy = scored[:2], scored[2:]
@@ -283,7 +317,8 @@ def without_kl(lab, base, run):
 
 def two_checkpoints(lab, base, run):
     assert (
-        equal(base, run) and run.checkpoints == ["step-000001", "step-000002"] != base.checkpoints
+        equal(base, run)
+        and run.checkpoints == ["step-000001", "step-000002"] != base.checkpoints
     )
 
 
@@ -332,12 +367,18 @@ FLAGS = {
         ("", "--min-pixels 20000 --max-pixels 50000", saves_pixels(20000, 50000)),
         ("", "--prompts 2", changed),
         ("", "--group-size 2", changed),
-        ("", "--rewards deg", has(len=lambda a, b: "reward/len" in a and "reward/len" not in b)),
+        (
+            "",
+            "--rewards deg",
+            has(len=lambda a, b: "reward/len" in a and "reward/len" not in b),
+        ),
         (
             "",
             "--reward-weights 1 3",
             has(
-                sum=lambda a, b: b["reward"] == pytest.approx(b["reward/deg"] + 3 * b["reward/len"])
+                sum=lambda a, b: (
+                    b["reward"] == pytest.approx(b["reward/deg"] + 3 * b["reward/len"])
+                )
             ),
         ),
         ("", "--beta 0", without_kl),
@@ -350,7 +391,11 @@ FLAGS = {
                 clip=lambda a, b: a["clip_low"] == 0 < b["clip_low"],
             ),
         ),
-        (OFTEN, f"{OFTEN} --clip 0.9", has(clip=lambda a, b: b["clip_low"] < a["clip_low"])),
+        (
+            OFTEN,
+            f"{OFTEN} --clip 0.9",
+            has(clip=lambda a, b: b["clip_low"] < a["clip_low"]),
+        ),
         (
             OFTEN,
             f"{OFTEN} --clip-high 9",
@@ -361,7 +406,11 @@ FLAGS = {
         ("--loss dapo", "--loss dr_grpo", changed),
         ("", "--no-scale-by-std", changed),
         ("", "--mask-truncated", changed),
-        ("", "--temperature 0.5", has(entropy=lambda a, b: b["entropy"] < a["entropy"] - 0.5)),
+        (
+            "",
+            "--temperature 0.5",
+            has(entropy=lambda a, b: b["entropy"] < a["entropy"] - 0.5),
+        ),
         ("", "--max-new-tokens 6", has(length=lambda a, b: b["length"] <= 6 < a["length"])),
     ],
 }
@@ -468,7 +517,10 @@ def test_bad_records_stop_a_run_or_are_left_out(lab, no_plots, script, tmp_path,
     said = capsys.readouterr().out
     assert "3 bad records are left out" in said and f"{len(text) - 2} records from" in said
     listed = json.loads((out / "skipped.json").read_text())
-    assert "bad.jsonl:2: not JSON" in listed["lines"][0] and set(listed["records"]) == {"3", "5"}
+    assert "bad.jsonl:2: not JSON" in listed["lines"][0] and set(listed["records"]) == {
+        "3",
+        "5",
+    }
     assert "bad.jsonl:5: " in listed["records"]["3"] and "ratio" in listed["records"]["5"]
     Image.new("RGB", (112, 112)).save(narrow)  # mended meanwhile: still left out
     SCRIPTS[script].main([*arguments, "--steps", "2", "--resume"])
@@ -490,7 +542,9 @@ def test_a_tracker_gets_every_row_and_one_that_is_missing_is_named(
         ),
     )
     rows = lab.run(script, "--tracker wandb").rows
-    assert [step for step, _ in reported] == [1, 2] and reported[0][1]["loss"] == rows[0]["loss"]
+    assert [step for step, _ in reported] == [1, 2] and reported[0][1]["loss"] == rows[0][
+        "loss"
+    ]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="pip install wandb"):
         lab.run(script, "--tracker wandb --seed 0")
@@ -538,7 +592,9 @@ def test_numbers_that_cannot_be_are_said_in_one_line(flags, capsys):
         train_grpo.main(flags.split())
     said = capsys.readouterr().err
     assert error.value.code == 2 and said.count("\n") == 1
-    assert f"{option} {float(value):g}" in said.replace(".0:", ":") and "give at least" in said
+    assert (
+        f"{option} {float(value):g}" in said.replace(".0:", ":") and "give at least" in said
+    )
 
 
 # ---------------------------------------------------------------- stopping and going on
@@ -568,7 +624,9 @@ def killed(lab) -> dict[str, Run]:
     """A run of each script, in a process of its own that got SIGKILL after step 3 was logged and
     before it was saved."""
     runs = {script: Run(lab.folder / f"killed-{script}") for script in SCRIPTS}
-    arguments = {script: lab.arguments(script, LONGER, run.out) for script, run in runs.items()}
+    arguments = {
+        script: lab.arguments(script, LONGER, run.out) for script, run in runs.items()
+    }
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AFTER_STEP_3, json.dumps(arguments)],
         cwd=ROOT,
@@ -614,7 +672,11 @@ def test_a_killed_run_goes_on_bit_for_bit(lab, killed, no_plots, script):
 def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(
     lab, no_plots, monkeypatch, capfd, script
 ):
-    whole, run, log = lab.run(script, LONGER), Run(lab.new_folder()), run_folder.RunFolder.log
+    whole, run, log = (
+        lab.run(script, LONGER),
+        Run(lab.new_folder()),
+        run_folder.RunFolder.log,
+    )
     arguments = lab.arguments(script, LONGER, run.out)
 
     def log_and_press(self, step, *rest):
@@ -755,7 +817,9 @@ def test_right_answers_are_counted_by_the_total_intensity(processor):
     ]
     for intensities, answer, _ in cases:
         true = [Degradation(t, s) for t, s in zip(("noise", "rain"), intensities)]
-        y = rewards.Response(f"<TYPE>noise(0.30)<TYPE_END>\n<ANSWER>{answer}<ANSWER_END>", 9)
+        y = rewards.Response(
+            f"<TYPE>noise(0.30)<TYPE_END>\n<ANSWER>{answer}<ANSWER_END>", 9
+        )
         record = {"degradations": true, "answer": "yes", "choices": None, "length": 9}
         training.judge(means, y, record, rewards.load_rewards(["len"]))
     found = means.over_ranks(runtime.Runtime())
@@ -780,7 +844,9 @@ def test_a_plain_model_is_watched_too(lab, no_plots):
 
 def collectives(run: Run) -> dict[str, int]:
     """Of a run of two processes that ended with the same weights."""
-    ended = [json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)]
+    ended = [
+        json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)
+    ]
     assert ended[0] == ended[1], "the ranks' weights or their numbers of collectives differ"
     return ended[0]["calls"]
 
@@ -853,7 +919,16 @@ def test_two_nodes_do_what_one_process_does(lab, no_plots):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "two", "--rdzv-backend", "c10d"]
+    meet = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-id",
+        "two",
+        "--rdzv-backend",
+        "c10d",
+    ]
     nodes = []
     for node in (0, 1):
         options = [*meet, "--rdzv-endpoint", f"127.0.0.1:{port}", "--node-rank", str(node)]
@@ -868,7 +943,9 @@ def test_two_nodes_do_what_one_process_does(lab, no_plots):
         )
     said = [process.communicate(timeout=300)[0] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], "".join(said)[-4000:]
-    told = "the weights that 1 process(es) had read differed: all go on with those of rank 0"
+    told = (
+        "the weights that 1 process(es) had read differed: all go on with those of rank 0"
+    )
     assert "".join(said).count(told) == 2
     for (script, flags), run in zip(jobs, runs):
         collectives(run)

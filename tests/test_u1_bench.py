@@ -42,7 +42,9 @@ def test_what_recovery_gains_by_hand():
     assert f"**{(0.3 + 0.1 - 0.05) / 3:+.3f} [" in stage_1
     assert "**+0.020 [+0.020, +0.020]**" in stage_2 and "**+0.200 [" in stage_2
     for third, gain in (("most damaged", 0.3), ("middle", 0.1), ("least damaged", -0.05)):
-        line = next(line for line in text.splitlines() if line.startswith(f"| {third} third"))
+        line = next(
+            line for line in text.splitlines() if line.startswith(f"| {third} third")
+        )
         assert f"**{gain:+.3f} [{gain:+.3f}, {gain:+.3f}]**" in line
         assert f"**{10 * gain:+.3f} [{10 * gain:+.3f}, {10 * gain:+.3f}]**" in line
 
@@ -51,7 +53,9 @@ def test_the_judge_counts_things_that_are_right_in_shape_and_colour():
     scenes = [world.sample_scene(np.random.default_rng(i)) for i in range(6)]
     truth = judge.things(scenes)
     assert truth.shape == (6, 2, 2)
-    assert [int((row < len(judge.KINDS)).sum()) for row in truth] == [len(s.things) for s in scenes]
+    assert [int((row < len(judge.KINDS)).sum()) for row in truth] == [
+        len(s.things) for s in scenes
+    ]
     wrong = truth.clone()
     first = (truth[0] < len(judge.KINDS)).nonzero()[0]
     wrong[0, first[0], first[1]] = (truth[0, first[0], first[1]] + 1) % len(judge.KINDS)
@@ -60,8 +64,15 @@ def test_the_judge_counts_things_that_are_right_in_shape_and_colour():
         return torch.nn.functional.one_hot(wrong, len(judge.KINDS) + 1).permute(0, 3, 1, 2)
 
     expected = [1 - 1 / len(scenes[0].things)] + [1] * 5
-    assert judge.read_right(reader, torch.zeros(6, 3, 8, 8), truth) == pytest.approx(expected)
-    assert judge.new_judge()(torch.rand(2, 3, 32, 32)).shape == (2, len(judge.KINDS) + 1, 2, 2)
+    assert judge.read_right(reader, torch.zeros(6, 3, 8, 8), truth) == pytest.approx(
+        expected
+    )
+    assert judge.new_judge()(torch.rand(2, 3, 32, 32)).shape == (
+        2,
+        len(judge.KINDS) + 1,
+        2,
+        2,
+    )
 
 
 def answers(correct: int, n: int = 200) -> list[dict]:
@@ -93,7 +104,9 @@ def test_the_tables_of_stage_3_by_hand():
     now, less = u1.answer_tables(models).split("Each less the same")
     assert "200 held-out damaged scenes" in now and "0.750 [0.686, 0.805] n 200" in now
     for title in ("the question: I_c, I_r", "a chain: I_c, I_r"):
-        assert "**+0.050 [" in next(line for line in less.splitlines() if f"| {title} " in line)
+        assert "**+0.050 [" in next(
+            line for line in less.splitlines() if f"| {title} " in line
+        )
     for title in ("a chain: I_c, I_c", u1.SUM):
         line = next(line for line in less.splitlines() if f"| {title} " in line)
         assert "+0.000 [+0.000, +0.000]" in line
@@ -139,7 +152,9 @@ def test_records_show_what_is_asked_for(tmp_path):
         "cc": ["d.png", "d.png"],
     }
     for kind, pictures in expected.items():
-        [shown] = map(json.loads, u1.write_shown(tmp_path, "test", kind).read_text().splitlines())
+        [shown] = map(
+            json.loads, u1.write_shown(tmp_path, "test", kind).read_text().splitlines()
+        )
         assert shown["image"] == pictures
         assert "clean_image" not in shown and shown["answer"] == "red"
         human = {"from": "human", "value": "<image>" * len(pictures) + "what color?"}

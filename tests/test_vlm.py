@@ -11,7 +11,11 @@ import torch
 from conftest import ordinary, random_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from rr1 import data, vlm
@@ -29,7 +33,9 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "qwen2.5-vl-3b"
 
 def pictures(seed=0):
     rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+    return [
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES
+    ]
 
 
 def random_responses(processor, lengths, seed=0):
@@ -38,7 +44,10 @@ def random_responses(processor, lengths, seed=0):
     allowed = [i for i in range(len(processor.tokenizer)) if i not in processor.banned_ids]
     return [
         [
-            [*rng.choice(allowed, n - 1).tolist(), processor.end_id if n % 2 == 0 else allowed[n]]
+            [
+                *rng.choice(allowed, n - 1).tolist(),
+                processor.end_id if n % 2 == 0 else allowed[n],
+            ]
             for n in group
         ]
         for group in lengths
@@ -66,7 +75,9 @@ def ordinary_logps(model, processor, text, image, response, temperature=1.0, ban
 
 def exact_norm(self, x):
     """RMSNorm in the dtype of its input. The model's own rounds to float32: seven digits."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+    return self.weight * (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +104,9 @@ def test_freeze_vision_freezes_tower_and_merger_and_nothing_else(frozen):
     assert any("merger" in name for name in still)
     total = sum(p.numel() for p in frozen.parameters())
     visual = sum(p.numel() for p in frozen.model.visual.parameters())
-    assert vlm.count_parameters(frozen) == f"trainable {total - visual:,}, frozen {visual:,}"
+    assert (
+        vlm.count_parameters(frozen) == f"trainable {total - visual:,}, frozen {visual:,}"
+    )
 
 
 def test_encode_images_gives_one_tensor_an_image_with_gradient_only_where_vision_is_trained(
@@ -106,7 +119,9 @@ def test_encode_images_gives_one_tensor_an_image_with_gradient_only_where_vision
     assert not any(f.requires_grad for f in features)
     assert all(f.requires_grad for f in vlm.encode_images(model, pixel_values, grid))
     with torch.no_grad():
-        assert not any(f.requires_grad for f in vlm.encode_images(model, pixel_values, grid))
+        assert not any(
+            f.requires_grad for f in vlm.encode_images(model, pixel_values, grid)
+        )
 
 
 # ---------------------------------------------------------------- packed rows equal separate rows
@@ -161,7 +176,9 @@ def test_packed_groups_equal_separate_rows(
         return dict(
             zip(
                 trainable,
-                torch.autograd.grad(loss, [model.get_parameter(name) for name in trainable]),
+                torch.autograd.grad(
+                    loss, [model.get_parameter(name) for name in trainable]
+                ),
             )
         )
 
@@ -174,9 +191,13 @@ def test_packed_groups_equal_separate_rows(
         for text, image, group in zip(TEXTS, images, responses)
         for response in group
     ]
-    separate = gradients(plain, sum((row * w[: len(row)]).sum() for row, w in zip(rows, weights)))
+    separate = gradients(
+        plain, sum((row * w[: len(row)]).sum() for row, w in zip(rows, weights))
+    )
 
-    assert mask.tolist() == [[1.0] * len(r) + [0.0] * (logps.shape[1] - len(r)) for r in rows]
+    assert mask.tolist() == [
+        [1.0] * len(r) + [0.0] * (logps.shape[1] - len(r)) for r in rows
+    ]
     for ours, theirs in zip(logps, rows):
         torch.testing.assert_close(ours[: len(theirs)], theirs, rtol=0, atol=bound)
         assert not ours[len(theirs) :].any()
@@ -231,9 +252,15 @@ def test_where_packing_saves_little_separate_rows_are_taken(frozen, processor, m
         )[1],
     )
     short, long = (random_responses(processor, [[n] * 4] * 3) for n in (2, 200))
-    assert vlm.token_ratio(prompts, short) == 12 * (max(P) + 2) / (3 * (max(P) + 8)) > vlm.PACK_FROM
     assert (
-        vlm.token_ratio(prompts, long) == 12 * (max(P) + 200) / (3 * (max(P) + 800)) < vlm.PACK_FROM
+        vlm.token_ratio(prompts, short)
+        == 12 * (max(P) + 2) / (3 * (max(P) + 8))
+        > vlm.PACK_FROM
+    )
+    assert (
+        vlm.token_ratio(prompts, long)
+        == 12 * (max(P) + 200) / (3 * (max(P) + 800))
+        < vlm.PACK_FROM
     )
     for responses, shape in ((short, (3, max(P) + 8)), (long, (12, max(P) + 200))):
         logps, mask, _ = vlm.group_logps(frozen, prompts, responses)
@@ -271,7 +298,10 @@ def test_groups_of_unequal_size_and_a_batch_equal_one_by_one(frozen, processor):
         together[mask > 0], torch.tensor(alone, dtype=torch.float64), rtol=0, atol=1e-6
     )
     torch.testing.assert_close(
-        entropy[mask > 0], torch.tensor(alone_entropy, dtype=torch.float64), rtol=0, atol=1e-6
+        entropy[mask > 0],
+        torch.tensor(alone_entropy, dtype=torch.float64),
+        rtol=0,
+        atol=1e-6,
     )
 
 
@@ -320,8 +350,8 @@ def test_another_picture_changes_policy_and_reference(frozen, processor):
     for model in (frozen, reference):
         a, b = (vlm.group_logps(model, prompts, responses)[0] for prompts in (seen, other))
         assert (
-            a[0] - b[0]
-        ).abs().min() > 1e-3  # from the first token on: the first is predicted from the prompt
+            (a[0] - b[0]).abs().min() > 1e-3
+        )  # from the first token on: the first is predicted from the prompt
 
 
 @pytest.mark.parametrize("T", [1.0, 0.7])
@@ -332,7 +362,8 @@ def test_policy_in_training_and_reference_agree_to_the_last_bit(frozen, processo
     policy = vlm.group_logps(frozen.train(), prompts, responses, T, processor.banned_ids)[0]
     with torch.no_grad():
         assert torch.equal(
-            policy, vlm.group_logps(reference, prompts, responses, T, processor.banned_ids)[0]
+            policy,
+            vlm.group_logps(reference, prompts, responses, T, processor.banned_ids)[0],
         )
 
 
@@ -344,7 +375,9 @@ def test_gradient_checkpointing_changes_no_gradient(frozen, processor):
             frozen.gradient_checkpointing_enable()
         prompts = data.encode(frozen.train(), data.collate(TEXTS, pictures(), processor))
         vlm.group_logps(frozen, prompts, responses)[0].sum().backward()
-        gradients.append({name: p.grad for name, p in frozen.named_parameters() if p.requires_grad})
+        gradients.append(
+            {name: p.grad for name, p in frozen.named_parameters() if p.requires_grad}
+        )
         frozen.zero_grad()
     for name in gradients[0]:
         torch.testing.assert_close(
@@ -359,8 +392,14 @@ def test_prompts_that_were_cut_are_an_error(frozen, processor):
     batch = data.collate(TEXTS[:1], pictures()[:1], processor)
     features = vlm.encode_images(frozen, batch.pixel_values, batch.grid_thw)
     first = batch.ids[0].index(processor.image_token_id)
-    for cut in (batch.ids[0][: first + 10], batch.ids[0][first + 1 :], batch.ids[0][:first]):
-        with pytest.raises(ValueError, match=r"image tokens, the images give 16.*never truncated"):
+    for cut in (
+        batch.ids[0][: first + 10],
+        batch.ids[0][first + 1 :],
+        batch.ids[0][:first],
+    ):
+        with pytest.raises(
+            ValueError, match=r"image tokens, the images give 16.*never truncated"
+        ):
             vlm.make_prompt(frozen, cut, batch.grid_thw, features)
 
 
@@ -371,7 +410,9 @@ def test_responses_start_where_the_prompt_ended(frozen, processor):
     assert (
         prompt.next_position == prompt.positions.max() + 1 == len(prompt.ids) - 16 + 4
     )  # a 4 x 4 picture takes 4 places
-    assert processor.tokenizer.decode(batch.ids[0]).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert processor.tokenizer.decode(batch.ids[0]).endswith(
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_a_prompt_without_a_picture(frozen, processor):
@@ -391,7 +432,9 @@ def test_end_of_turn_is_trained_and_is_not_the_padding(frozen, processor):
     prompts = data.encode(frozen, data.collate(TEXTS[:1], pictures()[:1], processor))
     logps, mask, _ = vlm.group_logps(frozen, prompts, [[ids, ids[:2]]])
     assert mask.sum(1).tolist() == [len(ids), 2] and logps[0, len(ids) - 1] < 0
-    (gradient,) = torch.autograd.grad(-logps[0, len(ids) - 1], frozen.get_input_embeddings().weight)
+    (gradient,) = torch.autograd.grad(
+        -logps[0, len(ids) - 1], frozen.get_input_embeddings().weight
+    )
     assert gradient[processor.end_id].abs().max() > 0
 
 
@@ -427,7 +470,10 @@ def test_a_saved_checkpoint_is_an_ordinary_one(checkpoint):
         AutoTokenizer.from_pretrained(checkpoint),
         AutoImageProcessor.from_pretrained(checkpoint, backend="pil"),
     )
-    assert json.loads(Path(checkpoint, "config.json").read_text())["model_type"] == "qwen2_5_vl"
+    assert (
+        json.loads(Path(checkpoint, "config.json").read_text())["model_type"]
+        == "qwen2_5_vl"
+    )
     assert next(ours.parameters()).dtype == torch.float32 and not ours.training
     image = pictures()[0]
     content = [{"type": "image"}, {"type": "text", "text": TEXTS[0]}]
@@ -436,9 +482,9 @@ def test_a_saved_checkpoint_is_an_ordinary_one(checkpoint):
     )
     patches = image_processor(images=[image], return_tensors="pt")
     n = int(patches["image_grid_thw"].prod()) // 4
-    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * n), return_tensors="pt")[
-        "input_ids"
-    ]
+    ids = tokenizer(
+        text.replace("<|image_pad|>", "<|image_pad|>" * n), return_tensors="pt"
+    )["input_ids"]
     logits = theirs(
         input_ids=ids, mm_token_type_ids=(ids == processor.image_token_id).int(), **patches
     ).logits[0]
@@ -448,7 +494,9 @@ def test_a_saved_checkpoint_is_an_ordinary_one(checkpoint):
         inputs_embeds=vlm.embed(ours, prompt.ids, prompt.features)[None],
         position_ids=prompt.positions[:, None],
     )
-    torch.testing.assert_close(ours.lm_head(hidden.last_hidden_state)[0], logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours.lm_head(hidden.last_hidden_state)[0], logits, rtol=0, atol=1e-6
+    )
 
 
 def test_a_checkpoint_that_is_not_there_says_what_was_tried(tmp_path):
@@ -468,14 +516,18 @@ def edited(checkpoint, folder, text_config=None, **changes):
 def test_another_models_checkpoint_is_refused_by_name(checkpoint, tmp_path):
     for kind in ("qwen3_vl", "qwen2_vl", "qwen2"):
         folder = edited(checkpoint, tmp_path / kind, model_type=kind)
-        with pytest.raises(SystemExit, match=f"{kind}: this is a {kind}, not a qwen2_5_vl$"):
+        with pytest.raises(
+            SystemExit, match=f"{kind}: this is a {kind}, not a qwen2_5_vl$"
+        ):
             vlm.load(folder)
         with pytest.raises(SystemExit, match=f"this is a {kind}"):
             vlm.load(folder, device="meta")
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_weights_that_do_not_fill_the_model_are_refused_by_name(checkpoint, tmp_path, change):
+def test_weights_that_do_not_fill_the_model_are_refused_by_name(
+    checkpoint, tmp_path, change
+):
     folder = Path(edited(checkpoint, tmp_path / "torn"))
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("merger.mlp.0.weight"))
@@ -522,11 +574,16 @@ def test_a_response_cannot_spell_a_placeholder(processor):
 def test_the_real_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    processor = vlm.Processor(tokenizer, AutoImageProcessor.from_pretrained(REAL, backend="pil"))
+    processor = vlm.Processor(
+        tokenizer, AutoImageProcessor.from_pretrained(REAL, backend="pil")
+    )
     assert tokenizer("Hello, world!")["input_ids"] == [9707, 11, 1879, 0]
     assert {len(tokenizer(tag)["input_ids"]) for tag in TAGS} <= set(range(3, 8))
     assert (
-        processor.response_ids("Hello")[-1] == processor.end_id == 151645 != tokenizer.pad_token_id
+        processor.response_ids("Hello")[-1]
+        == processor.end_id
+        == 151645
+        != tokenizer.pad_token_id
     )
     assert processor.image_token_id == 151655 and len(processor.banned_ids) == len(
         vlm.NEVER_SAMPLED

@@ -32,7 +32,13 @@ from rr1.annotate.card import Card, total_intensity
 from rr1.annotate.folder import Folder, begun
 from rr1.annotate.questions import Source, read_questions
 from rr1.annotate.rows import damage
-from rr1.annotate.teachers import STEPS, ChatTeacher, estimated_tokens, fill, template_teacher
+from rr1.annotate.teachers import (
+    STEPS,
+    ChatTeacher,
+    estimated_tokens,
+    fill,
+    template_teacher,
+)
 from rr1.annotate.work import STOPPED, work
 from rr1.chain import render
 from rr1.client import ChatClient
@@ -46,27 +52,47 @@ SECONDS = 5.0  # that an answer takes, where --dry-run estimates
 class Config:
     # what goes in and out
     data: str = opt("", "the questions: A-OKVQA's json, or JSON lines")
-    images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
+    images: str = opt(
+        "", "folder that image paths are relative to; empty: the data file's own"
+    )
     out: str = opt("runs/data", "folder to write; where it is begun, it is gone on with")
     limit: int = opt(0, "only the first so many questions; 0: all")
     # the damage, and the chain's length
     low: int = opt(1, "fewest types a photo; 0: some stay clean", high=16)
     high: int = opt(4, "most types a photo (Figure 4 shows 7)", high=16)
-    words: list[int] = opt([40, 40], "Eq. (7): words at total intensity 0, and more for each 1")
+    words: list[int] = opt(
+        [40, 40], "Eq. (7): words at total intensity 0, and more for each 1"
+    )
     seed: int = opt(0, "fixes types, intensities and damage")
-    no_chains: bool = opt(False, "for GRPO: picture, damage and a length, no chain and no teacher")
-    tokens: list[int] = opt([100, 55], "Eq. (7) with --no-chains, in tokens (here Qwen2.5-VL's)")
+    no_chains: bool = opt(
+        False, "for GRPO: picture, damage and a length, no chain and no teacher"
+    )
+    tokens: list[int] = opt(
+        [100, 55], "Eq. (7) with --no-chains, in tokens (here Qwen2.5-VL's)"
+    )
     # the teacher
-    teacher: str = opt("template", "template: offline; otherwise the model's name at --base-url")
-    base_url: str = opt("", "OpenAI-compatible endpoint; empty: OpenAI's. Key: OPENAI_API_KEY")
-    max_tokens: int = opt(1024, "longest answer; a longer one is cut off and rejected", low=1)
+    teacher: str = opt(
+        "template", "template: offline; otherwise the model's name at --base-url"
+    )
+    base_url: str = opt(
+        "", "OpenAI-compatible endpoint; empty: OpenAI's. Key: OPENAI_API_KEY"
+    )
+    max_tokens: int = opt(
+        1024, "longest answer; a longer one is cut off and rejected", low=1
+    )
     retry_rejected: bool = opt(False, "ask again for what is in rejected.jsonl")
-    dry_run: bool = opt(False, "one question's prompts, and what all would cost; asks nothing")
+    dry_run: bool = opt(
+        False, "one question's prompts, and what all would cost; asks nothing"
+    )
     # how it is asked, and what it may cost
     workers: int = opt(8, "questions worked on at once", low=1)
     per_minute: float = opt(0.0, "most requests a minute; 0: as many as will go")
-    retries: int = opt(6, "how often a request is repeated after 429, 5xx, silence or garbage")
-    timeout: float = opt(120.0, "seconds of silence after which a request has failed", low=0.1)
+    retries: int = opt(
+        6, "how often a request is repeated after 429, 5xx, silence or garbage"
+    )
+    timeout: float = opt(
+        120.0, "seconds of silence after which a request has failed", low=0.1
+    )
     price_in: float = opt(0.0, "dollars for a million tokens read by the teacher")
     price_out: float = opt(0.0, "dollars for a million tokens written by the teacher")
     max_cost: float | None = opt(None, "most dollars for all answers in --out together")
@@ -123,7 +149,11 @@ def to_do(
     rejected = sum(source.id in folder.rejected for source in wanted)
     skipped = folder.done if config.retry_rejected else {**folder.done, **folder.rejected}
     todo = [source for source in wanted if source.id not in skipped]
-    by = "no teacher" if config.no_chains else f"{len(STEPS)} answers each, by {config.teacher}"
+    by = (
+        "no teacher"
+        if config.no_chains
+        else f"{len(STEPS)} answers each, by {config.teacher}"
+    )
     print(
         f"{len(wanted)} of {len(sources)} questions in {config.data}: {done} done before, "
         f"{rejected} rejected before, {len(todo)} to do, {by}"

@@ -51,7 +51,8 @@ class Card:
         correlation = f"{np.corrcoef(total, words)[0, 1]:.2f}" if vary else "undefined"
         vocabulary = set(re.findall(r"[a-z']+", " ".join(self.chains).lower()))
         lines += [
-            "\nintensities: " + "  ".join(f"{s:.1f}+ {count}" for s, count in zip(edges, counts)),
+            "\nintensities: "
+            + "  ".join(f"{s:.1f}+ {count}" for s, count in zip(edges, counts)),
             "total intensity of a picture: "
             f"mean {total.mean():.2f}, from {total.min():.2f} to {total.max():.2f}",
             f"words of a chain: mean {words.mean():.0f}, from {words.min()} to {words.max()}; "
@@ -78,7 +79,9 @@ class Card:
         by_length.plot(self.totals, self.words, ".", alpha=0.35, label="chains")
         order = np.argsort(self.totals)
         by_length.plot(self.totals[order], self.aims[order], "k--", label="target, Eq. (7)")
-        by_length.set(title="chain length", xlabel="total intensity, sum of s", ylabel="words")
+        by_length.set(
+            title="chain length", xlabel="total intensity, sum of s", ylabel="words"
+        )
         by_length.set_ylim(0)
         by_type.legend(frameon=False)
         by_length.legend(frameon=False)

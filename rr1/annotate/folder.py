@@ -18,7 +18,9 @@ DATASET_INFO = {
 
 
 @contextmanager
-def begun(path: Path, settings: Mapping, free: Sequence[str], defaults: Mapping) -> Iterator[None]:
+def begun(
+    path: Path, settings: Mapping, free: Sequence[str], defaults: Mapping
+) -> Iterator[None]:
     """Make the folder, for this process alone.
 
     SystemExit if it was begun with other settings (`free` ones apart), or another process has it.
@@ -30,7 +32,9 @@ def begun(path: Path, settings: Mapping, free: Sequence[str], defaults: Mapping)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             advice = "let it end, or give another --out"
-            raise SystemExit(f"{path}: another process is writing to it: {advice}") from None
+            raise SystemExit(
+                f"{path}: another process is writing to it: {advice}"
+            ) from None
         files.same_settings(path / "config.json", settings, free, defaults=defaults)
         files.write_json(path / "config.json", settings)
         yield
@@ -40,7 +44,11 @@ class Folder:
     """The rows of train.jsonl and rejected.jsonl by their ids; each addition is on disk at once."""
 
     def __init__(self, path: Path):
-        self.path, self.train, self.bad = path, path / "train.jsonl", path / "rejected.jsonl"
+        self.path, self.train, self.bad = (
+            path,
+            path / "train.jsonl",
+            path / "rejected.jsonl",
+        )
         self.done = {row["id"]: row for row in files.read_lines(self.train)}
         self.rejected = {}
         for row in files.read_lines(self.bad):

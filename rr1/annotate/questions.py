@@ -67,9 +67,13 @@ def read_questions(path: Path, images: str = "", limit: int = 0) -> list[Source]
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}: field {error} is missing or of the wrong kind") from None
+            raise DataError(
+                f"{where}: field {error} is missing or of the wrong kind"
+            ) from None
         if source.id in found:
-            raise DataError(f"{where}: the id {source.id!r} is that of {places[source.id]} too")
+            raise DataError(
+                f"{where}: the id {source.id!r} is that of {places[source.id]} too"
+            )
         found[source.id], places[source.id] = source, where
     if not found:
         raise DataError(f"{path}: holds no questions")
@@ -81,7 +85,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text in UTF-8 ({error}): save it as UTF-8") from None
+        raise DataError(
+            f"{path}: not a text in UTF-8 ({error}): save it as UTF-8"
+        ) from None
     if text.lstrip().startswith("["):
         for number, row in enumerate(_json(text, str(path)), start=1):
             yield f"{path}, entry {number}", row
@@ -99,18 +105,28 @@ def _json(text: str, where: str) -> Any:
 
 
 def _source(row: dict, folder: Path) -> Source:
-    name = row["image"] if "image" in row else f"{row['split']}2017/{row['image_id']:012}.jpg"
+    name = (
+        row["image"] if "image" in row else f"{row['split']}2017/{row['image_id']:012}.jpg"
+    )
     question, choices = row["question"], row.get("choices")
     texts = [question, *choices] if isinstance(choices, list) else [question]
-    usable = all(isinstance(text, str) and text.strip() and IMAGE not in text for text in texts)
+    usable = all(
+        isinstance(text, str) and text.strip() and IMAGE not in text for text in texts
+    )
     if not usable or not isinstance(choices, list | None):
-        expected = f"a text, and a list of texts or null, none of them empty or with {IMAGE}"
-        raise ValueError(f"question is {question!r}, choices {choices!r}; expected {expected}")
+        expected = (
+            f"a text, and a list of texts or null, none of them empty or with {IMAGE}"
+        )
+        raise ValueError(
+            f"question is {question!r}, choices {choices!r}; expected {expected}"
+        )
     answer = _answer(row, choices)
     Chain(answer=answer)  # ValueError for an answer with a tag in it
     truth = Truth(question.strip(), choices or None, answer)
     # without an id of its own a question is called by what it asks, wherever it stands
-    digest = hashlib.sha256(to_json([name, truth.question, truth.choices]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        to_json([name, truth.question, truth.choices]).encode()
+    ).hexdigest()
     id = row.get("id", row.get("question_id", f"question-{digest[:12]}"))
     return Source(str(id), folder / name, truth)
 
@@ -121,7 +137,9 @@ def _check_photo(photo: Path, folder: Path) -> None:
         raise ValueError(f"there is no photo {photo}: {advice}")
     if not photo.resolve().is_relative_to(folder.resolve()):
         advice = "move the picture, or give another --images"
-        raise ValueError(f"{photo} leads to {photo.resolve()}, out of the image folder: {advice}")
+        raise ValueError(
+            f"{photo} leads to {photo.resolve()}, out of the image folder: {advice}"
+        )
 
 
 def _answer(row: dict, choices: list[str] | None) -> str:
@@ -134,7 +152,9 @@ def _answer(row: dict, choices: list[str] | None) -> str:
     if answer is None and row.get("direct_answers"):
         [(answer, _)] = Counter(row["direct_answers"]).most_common(1)
     if not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        expected = "answer, correct_choice_idx or direct_answers (A-OKVQA's test part has none)"
+        expected = (
+            "answer, correct_choice_idx or direct_answers (A-OKVQA's test part has none)"
+        )
         raise ValueError(f"no answer; expected {expected}")
     return str(_which(answer, choices)) if choices else str(answer).strip()
 
@@ -149,5 +169,7 @@ def _which(answer: str | int | float, choices: list[str]) -> int:
         raise ValueError(f"answer {answer!r} is none of the choices {choices}")
     if isinstance(answer, int) and choice_index(said, choices) != index:
         advice = f'write "{answer}" for the text, or correct_choice_idx for the index'
-        raise ValueError(f"answer {answer} is a choice's text and another one's index: {advice}")
+        raise ValueError(
+            f"answer {answer} is a choice's text and another one's index: {advice}"
+        )
     return index

@@ -16,12 +16,16 @@ from rr1.annotate.teachers import Rejected
 from rr1.chain import IMAGE, build_question, render
 from rr1.records import DataError, open_image
 
-LONGEST_SIDES = 200  # the image processor refuses a picture so many times as long as it is wide
+LONGEST_SIDES = (
+    200  # the image processor refuses a picture so many times as long as it is wide
+)
 
 
 def seed_of(source: Source, seed: int) -> int:
     """A question's own seed, from its id alone, so that others may come and go."""
-    return int(np.random.SeedSequence([seed, zlib.crc32(source.id.encode())]).generate_state(1)[0])
+    return int(
+        np.random.SeedSequence([seed, zlib.crc32(source.id.encode())]).generate_state(1)[0]
+    )
 
 
 def damage(source: Source, config) -> tuple[np.ndarray, np.ndarray, list[Degradation]]:
@@ -32,7 +36,9 @@ def damage(source: Source, config) -> tuple[np.ndarray, np.ndarray, list[Degrada
         raise Rejected("damage", str(error)) from None
     height, width = X.shape[:2]
     if max(height, width) > LONGEST_SIDES * min(height, width):
-        problem = f"{width} x {height} pixels: one side is over {LONGEST_SIDES} times the other"
+        problem = (
+            f"{width} x {height} pixels: one side is over {LONGEST_SIDES} times the other"
+        )
         raise Rejected("damage", f"{source.photo}: {problem}")
     seed = seed_of(source, config.seed)
     D_d = sample_degradations(np.random.default_rng(seed), config.low, config.high)
@@ -50,7 +56,9 @@ def make_row(source: Source, config, teacher, attempts: dict[str, int]) -> dict:
 
     truth = source.truth
     X, X_d, D_d = damage(source, config)
-    turns = [{"from": "human", "value": IMAGE + build_question(truth.question, truth.choices)}]
+    turns = [
+        {"from": "human", "value": IMAGE + build_question(truth.question, truth.choices)}
+    ]
     if config.no_chains:
         length = target_words(sum(s for _, s in D_d), config.tokens)  # tokens, here
         made = {"length": length}

@@ -48,7 +48,9 @@ class Rejected(Exception):
 
 def fill(step: str, fields: dict[str, Any]) -> str:
     """The prompt of a step: its template, filled."""
-    return template(step).format(**{name: _as_text(value) for name, value in fields.items()})
+    return template(step).format(
+        **{name: _as_text(value) for name, value in fields.items()}
+    )
 
 
 def template(name: str) -> str:
@@ -110,10 +112,14 @@ def _reasoning(degradations: list[Degradation], truth: Truth) -> list[str]:
     effects = read_effects()
     for type, _ in degradations:
         instead = effects[type][2]
-        sentences.append(f"without the {type}, {instead}, and what it concealed can be made out.")
+        sentences.append(
+            f"without the {type}, {instead}, and what it concealed can be made out."
+        )
     others = [choice for choice in truth.choices or () if choice != truth.answer_text]
     if others:
-        sentences.append(f"the other choices, {', '.join(others)}, agree with it less well.")
+        sentences.append(
+            f"the other choices, {', '.join(others)}, agree with it less well."
+        )
     sentences.append(
         "what is still visible is compared with what the question asks for, part by part."
     )
@@ -169,7 +175,9 @@ class ChatTeacher:
         self.max_cost = math.inf if max_cost is None else max_cost
         self.spent = 0.0
         self._under_way: list[float] = []  # dollars that each request under way may cost
-        self._ratio: dict[str, float] = {}  # step -> tokens read over those estimated, the most
+        self._ratio: dict[
+            str, float
+        ] = {}  # step -> tokens read over those estimated, the most
         self._lock = threading.Condition()
         self._answers: dict[str, Future] = {}
         for receipt in files.read_lines(answers):
@@ -185,7 +193,9 @@ class ChatTeacher:
         if receipt["refusal"] or receipt["finish"] == "content_filter":
             raise Rejected(step, "refused", receipt["refusal"] or receipt["text"])
         if receipt["finish"] == "length":
-            problem = f"cut off after {receipt['tokens_out']} tokens: give a larger --max-tokens"
+            problem = (
+                f"cut off after {receipt['tokens_out']} tokens: give a larger --max-tokens"
+            )
             raise Rejected(step, problem, receipt["text"])
         return receipt["text"]
 
@@ -201,7 +211,9 @@ class ChatTeacher:
     def summary(self) -> str:
         """What was paid for, over all runs that wrote to the file."""
         receipts = files.read_lines(self.file)
-        read, written = (sum(r[name] for r in receipts) for name in ("tokens_in", "tokens_out"))
+        read, written = (
+            sum(r[name] for r in receipts) for name in ("tokens_in", "tokens_out")
+        )
         cost = f", ${self.spent:.4f}" if any(self.prices) else ""
         return f"{len(receipts)} answers of {self.client.model}: {read} + {written} tokens{cost}"
 
@@ -223,12 +235,19 @@ class ChatTeacher:
 
     def _ask(self, key: str, step: str, prompt: str, images: Sequence[np.ndarray]) -> dict:
         estimate = estimated_tokens(prompt, images)
-        most = self._cost(estimate * self._ratio.get(step, 1.0), self.client.max_tokens or 0)
+        most = self._cost(
+            estimate * self._ratio.get(step, 1.0), self.client.max_tokens or 0
+        )
         self._reserve(most)
         try:
             reply = self.client.ask(prompt, [data_url(image) for image in images])
             tokens_in, tokens_out = reply.tokens_in or 0, reply.tokens_out or 0
-            receipt = {"key": key, "step": step, "model": self.client.model, **asdict(reply)}
+            receipt = {
+                "key": key,
+                "step": step,
+                "model": self.client.model,
+                **asdict(reply),
+            }
             receipt |= {"tokens_in": tokens_in, "tokens_out": tokens_out}
             receipt["cost"] = self._cost(tokens_in, tokens_out)
             with self._lock:
@@ -243,7 +262,9 @@ class ChatTeacher:
                 self._under_way.remove(most)
                 self._lock.notify_all()
         if None in (reply.tokens_in, reply.tokens_out) and self.max_cost < math.inf:
-            self.client.stop("the server does not count tokens, so --max-cost cannot be kept")
+            self.client.stop(
+                "the server does not count tokens, so --max-cost cannot be kept"
+            )
         return receipt
 
     def _cost(self, tokens_in: float, tokens_out: float) -> float:
@@ -253,7 +274,9 @@ class ChatTeacher:
     def _reserve(self, most: float) -> None:
         """Wait until a request may cost `most` dollars; raise Stop where it never may."""
         with self._lock:
-            while self._under_way and self.spent + sum(self._under_way) + most > self.max_cost:
+            while (
+                self._under_way and self.spent + sum(self._under_way) + most > self.max_cost
+            ):
                 self._lock.wait()
             if self.spent + most > self.max_cost:
                 limit = f"--max-cost {self.max_cost:g} is reached: ${self.spent:.4f} spent"

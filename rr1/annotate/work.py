@@ -44,7 +44,9 @@ def work(config, folder: Folder, todo: list[Source], teacher) -> str:
         return str(error)
     except KeyboardInterrupt:
         if chat:
-            print("\nwaiting for the answers under way, which are paid for", file=sys.stderr)
+            print(
+                "\nwaiting for the answers under way, which are paid for", file=sys.stderr
+            )
             wait = f"up to {max(config.timeout, 120):.0f} seconds"
             print(f"({wait}); Ctrl-C again stops at once", file=sys.stderr, flush=True)
         return STOPPED
@@ -75,11 +77,15 @@ class Collector:
             self.rejected_in_a_row += 1
             nothing_good = error.again or not self.folder.done
             if nothing_good and self.rejected_in_a_row >= HOPELESS:
-                raise Stop(f"{HOPELESS} questions in a row were rejected, the last: {error}")
+                raise Stop(
+                    f"{HOPELESS} questions in a row were rejected, the last: {error}"
+                )
         except NoAnswer as error:
             self.unanswered += 1
             self.unanswered_in_a_row += 1
-            self.problem = f"{self.unanswered} questions are left undone, no answer came ({error})"
+            self.problem = (
+                f"{self.unanswered} questions are left undone, no answer came ({error})"
+            )
             if self.unanswered_in_a_row > self.workers:
                 raise Stop(f"the server has stopped answering ({error})") from None
 
@@ -97,5 +103,9 @@ class Progress:
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update()
         if self.bar.disable and time.monotonic() >= self.next_line:
-            print(f"{self.done} of {self.total} questions, {note}", file=sys.stderr, flush=True)
+            print(
+                f"{self.done} of {self.total} questions, {note}",
+                file=sys.stderr,
+                flush=True,
+            )
             self.next_line = time.monotonic() + LOG_EVERY

@@ -35,7 +35,14 @@ R_BENCH = ("name", "question", "choice", "answer", "type", "distortion", "streng
 FORMS = {"MCQ": "choice", "VQA": "open", "CAP": "caption"}
 OPTION = re.compile(r"(?:^|[;\uff1b])\s*([A-Z])\s*[.:\uff0e]")
 # R-Bench numbers its 33 distortions, and names the seven steps and seven groups that they are in
-STEPS = {4: "environment", 8: "camera", 13: "analog", 18: "source", 22: "channel", 27: "receive"}
+STEPS = {
+    4: "environment",
+    8: "camera",
+    13: "analog",
+    18: "source",
+    22: "channel",
+    27: "receive",
+}
 STEPS[33] = "enhancement"  # each from the one before it on
 GROUPS = {
     "blur": (1, 5, 28),
@@ -48,7 +55,9 @@ GROUPS = {
 }
 
 
-def read(path: str | Path, images: str | Path | None, cache: Path, skip_bad: bool = False) -> tuple:
+def read(
+    path: str | Path, images: str | Path | None, cache: Path, skip_bad: bool = False
+) -> tuple:
     """The records of a benchmark, and what is to be said about them.
 
     `images`: the folder of its pictures (default: the file's own); `cache`: where pictures that
@@ -71,7 +80,12 @@ def read(path: str | Path, images: str | Path | None, cache: Path, skip_bad: boo
     notes = [f"left out: {why}" for why in bad]
     found = []
     for question in questions:
-        record = {"benchmark": path.stem, "choices": None, "response": None, "chain": Chain()}
+        record = {
+            "benchmark": path.stem,
+            "choices": None,
+            "response": None,
+            "chain": Chain(),
+        }
         if "degradations" not in question:
             record |= {"degradations": [], "clean_image": question["image"]}
         found.append(record | question)
@@ -85,7 +99,9 @@ def read(path: str | Path, images: str | Path | None, cache: Path, skip_bad: boo
 # ---------------------------------------------------------------- R-Bench
 
 
-def read_r_bench(path: Path, images: Path, cache: Path, bad: list[str] | None) -> list[dict]:
+def read_r_bench(
+    path: Path, images: Path, cache: Path, bad: list[str] | None
+) -> list[dict]:
     """Pictures: dis_image/NAME in `images`. A caption's answer is a printed list of five."""
     rows = csv.DictReader(io.StringIO(decode(path), newline=""))
     there = rows.fieldnames or ()
@@ -175,7 +191,9 @@ def find_image(images: Path, name: str) -> str:
 # ---------------------------------------------------------------- A-OKVQA
 
 
-def read_a_okvqa(path: Path, images: Path, cache: Path, bad: list[str] | None) -> list[dict]:
+def read_a_okvqa(
+    path: Path, images: Path, cache: Path, bad: list[str] | None
+) -> list[dict]:
     """Each question with its choices, and without (direct), less those marked difficult."""
     found = records.read(path, images, bad is not None)
     if bad is not None:
@@ -194,7 +212,11 @@ def read_a_okvqa(path: Path, images: Path, cache: Path, bad: list[str] | None) -
             if people and not r.get("difficult_direct_answer"):
                 [(usual, _)] = Counter(people).most_common(1)
                 direct = {"number": f"{r['number']} direct", "form": "direct"}
-                direct |= {"question": r["question_alone"], "answer": usual, "references": people}
+                direct |= {
+                    "question": r["question_alone"],
+                    "answer": usual,
+                    "references": people,
+                }
                 questions.append(asked | direct)
     return questions
 
@@ -207,7 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.25, 0.5, 1.0])
-    parser.add_argument("--seed", type=int, default=0, help="fixes the damage of each picture")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="fixes the damage of each picture"
+    )
     options = parser.parse_args(argv)
     source = options.source
     if source.suffix != ".tsv" or not source.is_file():

@@ -40,11 +40,15 @@ def read_run(folder: Path) -> tuple:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} is not a run's folder with config.json: {error}") from error
+        raise SystemExit(
+            f"{folder} is not a run's folder with config.json: {error}"
+        ) from error
     rows = read_lines(folder / "metrics.jsonl")
     if not rows:
         raise SystemExit(f"{folder}/metrics.jsonl holds no step yet")
-    return {name: value for name, value in config.items() if name not in NOT_A_SETTING}, rows
+    return {
+        name: value for name, value in config.items() if name not in NOT_A_SETTING
+    }, rows
 
 
 def by_setting(folders: list[Path]) -> Groups:
@@ -139,7 +143,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--evaluation", type=Path, help="where evaluate.py wrote; empty: no table")
+    parser.add_argument(
+        "--evaluation", type=Path, help="where evaluate.py wrote; empty: no table"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/compare"), help="default: %(default)s"
     )
@@ -153,7 +159,9 @@ def main(argv: list[str] | None = None) -> None:
         text = table(groups, options.evaluation)
         write_text(options.out / "table.md", text + "\n")
         print(f"\n{text}")
-    print(f"\nwritten: {options.out}/curves.png{', table.md' if options.evaluation else ''}")
+    print(
+        f"\nwritten: {options.out}/curves.png{', table.md' if options.evaluation else ''}"
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def values(estimates: list[dict], key: str = "value") -> np.ndarray:
     return np.array([estimate[key] for estimate in estimates])
 
 
-def draw(axes: Axes, x: np.ndarray, estimates: list, place: int, label: str, line: str = "-"):
+def draw(
+    axes: Axes, x: np.ndarray, estimates: list, place: int, label: str, line: str = "-"
+):
     """Values with their intervals; the model at a place has its colour in all plots."""
     value = values(estimates)
     errors = np.stack([value - values(estimates, "low"), values(estimates, "high") - value])
@@ -101,7 +103,9 @@ def table_2(reports: Reports) -> Figure:
         if table:
             x = np.array([0.0 if key == "clean" else float(key) for key in table])
             ticks = {s: f"{s:.0%}" for s in x} | ticks
-            aside = 0.008 * (place - (len(reports) - 1) / 2)  # so that no interval hides another
+            aside = 0.008 * (
+                place - (len(reports) - 1) / 2
+            )  # so that no interval hides another
             estimates = list(table.values())
             draw(axes, x + aside, estimates, place, f"{name} (n {estimates[0]['n']} each)")
     axes.set_xticks(list(ticks), list(ticks.values()))

@@ -57,7 +57,10 @@ def pictures_of(job: dict) -> list[Shown]:
 
 
 def make_jobs(
-    records: Iterable[dict], levels: Sequence[float] | None, seed: int, by_letter: bool = True
+    records: Iterable[dict],
+    levels: Sequence[float] | None,
+    seed: int,
+    by_letter: bool = True,
 ) -> list[dict]:
     """What will be asked: rows of predictions.jsonl that lack their response.
 
@@ -89,7 +92,9 @@ def make_jobs(
             as_is["true_length"] = record.get("length")
             if known is not None:
                 with named(record["where"]):
-                    known = [d._asdict() for d in Chain(known).degradations]  # by canonical names
+                    known = [
+                        d._asdict() for d in Chain(known).degradations
+                    ]  # by canonical names
             jobs.append(job | as_is | {"degradations": known})
             if clean is None or levels is None or form != "choice" or not is_single:
                 continue
@@ -146,7 +151,9 @@ def predict(
     wanted = by_mark(jobs)
     stored = read_stored(folder)
     if stored:
-        advice = "Give another --out, delete that folder to predict anew, or use --score-only."
+        advice = (
+            "Give another --out, delete that folder to predict anew, or use --score-only."
+        )
         files.same_settings(folder / "meta.json", meta, {"model"}, advice)
     runtime.barrier(rt)  # all have read before anything is written
     if rt.is_main:
@@ -159,8 +166,12 @@ def predict(
     batches = in_batches(todo, size)[rt.rank :: rt.world_size]
     if batches:
         model, processor = load_model(meta, rt)
-        path = folder / ("predictions.jsonl" if rt.is_main else f"predictions.{rt.rank}.jsonl")
-        progress = tqdm(total=sum(map(len, batches)), desc=folder.name, disable=not rt.is_main)
+        path = folder / (
+            "predictions.jsonl" if rt.is_main else f"predictions.{rt.rank}.jsonl"
+        )
+        progress = tqdm(
+            total=sum(map(len, batches)), desc=folder.name, disable=not rt.is_main
+        )
         for rows, problems in respond(model, processor, batches, meta, workers, skip_bad):
             files.append_lines(path, rows)
             progress.update(len(rows))
@@ -209,13 +220,17 @@ def respond(
         pixels = processor.pixels(list(images.values())) if jobs else None
         return jobs, list(images), pixels, problems
 
-    for _, (jobs, shown, pixels, problems) in data.prefetch(load, range(len(batches)), workers):
+    for _, (jobs, shown, pixels, problems) in data.prefetch(
+        load, range(len(batches)), workers
+    ):
         if not jobs:
             yield [], problems
             continue
         features = vlm.encode_images(model, *pixels)  # (visual tokens, H) each
         encoded = dict(zip(shown, zip(pixels[1], features)))  # with their (3,) grids
-        prompts = [make_prompt(model, processor, job, meta["plain"], encoded) for job in jobs]
+        prompts = [
+            make_prompt(model, processor, job, meta["plain"], encoded) for job in jobs
+        ]
         # the seed of an answer is the same for every model and batch size
         seeds = [crc32(f"{meta['seed']} {job['key']}".encode()) for job in jobs]
         sampled = rollout.sample_group(
@@ -228,7 +243,10 @@ def respond(
             temperature=meta["temperature"],
             banned=processor.banned_ids,
         )
-        rows = [made(job, answer, meta["plain"], processor) for job, [answer] in zip(jobs, sampled)]
+        rows = [
+            made(job, answer, meta["plain"], processor)
+            for job, [answer] in zip(jobs, sampled)
+        ]
         yield rows, problems
 
 
@@ -251,7 +269,9 @@ def make_prompt(model, processor, job: dict, plain: bool, encoded: dict) -> vlm.
     """A job's prompt. `encoded`: Shown -> its (3,) grid and its (visual tokens, H) features."""
     grids, features = zip(*(encoded[shown] for shown in pictures_of(job)))
     grid = torch.stack(grids)  # (pictures, 3)
-    text = job["question"] if plain else build_prompt(job["question"])  # choices are in it already
+    text = (
+        job["question"] if plain else build_prompt(job["question"])
+    )  # choices are in it already
     ids = processor.prompt_ids(text, processor.visual_tokens(grid))
     return vlm.make_prompt(model, ids, grid, features)
 
@@ -260,7 +280,9 @@ def made(job: dict, answer: rollout.Rollout, plain: bool, processor: vlm.Process
     """The row of a job that is done."""
     truth_length = job["true_length"]
     if job["true_response"] and truth_length is None:
-        truth_length = len(processor.response_ids(job["true_response"])) - 1  # without end of turn
+        truth_length = (
+            len(processor.response_ids(job["true_response"])) - 1
+        )  # without end of turn
     return job | {
         "plain": plain,
         "response": processor.decode(answer.ids),

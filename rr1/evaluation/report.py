@@ -62,7 +62,11 @@ def as_text(reports: dict) -> str:
     first = next(iter(reports))
     parts = {name: tables(report) for name, report in reports.items()}
     blocks = [SUMMARY, summary_table(reports)]
-    asked = [f"{name} by {report['asked']}" for name, report in reports.items() if report["asked"]]
+    asked = [
+        f"{name} by {report['asked']}"
+        for name, report in reports.items()
+        if report["asked"]
+    ]
     if asked:
         blocks.append(f"A benchmark's choices were asked: {', '.join(asked)}.")
     for title in [*parts[first], FIGURE_6, VERSUS]:

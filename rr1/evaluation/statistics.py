@@ -34,7 +34,9 @@ def wilson(right: float, n: int) -> Estimate:
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def bootstrap(numerators: Values, denominators: Values | None = None, seed: int = 0) -> Estimate:
+def bootstrap(
+    numerators: Values, denominators: Values | None = None, seed: int = 0
+) -> Estimate:
     """sum(numerators) / sum(denominators) over records, which are resampled; percentile interval.
 
     Without denominators it is the mean. n counts the records whose denominator is not 0.

@@ -29,9 +29,18 @@ from rr1 import files
 from rr1.chain import build_question
 from rr1.records import DataError, inside, named, open_image
 
-STRENGTHS = {"1": "low", "2": "mid", "3": "high", "low": "low", "mid": "mid", "high": "high"}
+STRENGTHS = {
+    "1": "low",
+    "2": "mid",
+    "3": "high",
+    "low": "low",
+    "mid": "mid",
+    "high": "high",
+}
 LONGEST_INDEX = 64  # an image cell of at most so many characters is another row's index
-CIRCLE = 1_000_000  # MMBench: index + k CIRCLE is the same question with its options turned by k
+CIRCLE = (
+    1_000_000  # MMBench: index + k CIRCLE is the same question with its options turned by k
+)
 # what pandas, and so VLMEvalKit, takes for an absent cell
 ABSENT = {"#N/A N/A", *"#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA>".split()}
 ABSENT |= set("N/A NA NULL NaN None n/a nan null".split())
@@ -60,7 +69,9 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
                     n = len(reader.fieldnames)
-                    raise DataError(f"{where}: has not the {n} columns of the first line: cut off?")
+                    raise DataError(
+                        f"{where}: has not the {n} columns of the first line: cut off?"
+                    )
                 for name, text in row.items():
                     if text in ABSENT:
                         row[name] = ""
@@ -79,7 +90,10 @@ def read_tsv(path: Path, images: Path, cache: Path, bad: list[str] | None) -> li
     questions = []
     for where, row in rows_of(path):
         with left_out(bad, where):
-            question = read_question(row) | {"where": where, "number": where.rpartition(":")[2]}
+            question = read_question(row) | {
+                "where": where,
+                "number": where.rpartition(":")[2],
+            }
             cells = as_list(row.get("image", ""))
             if cells and len(cells[0]) <= LONGEST_INDEX:
                 question["image"] = cells[0]
@@ -129,7 +143,9 @@ def mark_circles(questions: list[dict]) -> None:
 def is_damaged_set(path: Path, question: dict) -> bool:
     """Whether pictures come damaged, nobody knows how: R-Bench's, but for its references."""
     name = path.stem.lower()
-    return not name.endswith("-ref") and ("strength" in question or name.startswith("r-bench"))
+    return not name.endswith("-ref") and (
+        "strength" in question or name.startswith("r-bench")
+    )
 
 
 def read_question(row: dict) -> dict:
@@ -197,7 +213,9 @@ def find_pictures(row: dict, cells: list[str], images: Path, cache: Path) -> lis
 def decode_picture(cell: str) -> tuple[str, bytes]:
     """(a name that follows from the bytes, the file's bytes)."""
     try:
-        content = base64.b64decode(cell.rpartition(",")[2])  # a data: URI's head ends in a comma
+        content = base64.b64decode(
+            cell.rpartition(",")[2]
+        )  # a data: URI's head ends in a comma
     except binascii.Error as error:
         raise ValueError(f"image is not base64 ({error})") from error
     ending = ".png" if content.startswith(b"\x89PNG") else ".jpg"
@@ -244,7 +262,9 @@ def draw_damage(name: str, seed: int) -> tuple[str, int]:
     return type, int(rng.integers(2**31))
 
 
-def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -> list[Path]:
+def damage_tsv(
+    source: Path, target: Path, levels: list[float], seed: int = 0
+) -> list[Path]:
     """Write a copy of a TSV for each level, whole or not at all; returns the files.
 
     Pictures are damaged, on all cores, and in PNG, so nothing else is lost (several times larger),
@@ -254,8 +274,12 @@ def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -
     names = [target]
     if len(levels) > 1:
         names = [target.with_name(f"{target.stem}_{percent(s)}.tsv") for s in levels]
-    if len(set(names)) < len(levels) or source.resolve() in [name.resolve() for name in names]:
-        raise SystemExit(f"{target}: the levels {levels} need files of their own, not {source}")
+    if len(set(names)) < len(levels) or source.resolve() in [
+        name.resolve() for name in names
+    ]:
+        raise SystemExit(
+            f"{target}: the levels {levels} need files of their own, not {source}"
+        )
     temporary = [name.with_name(name.name + ".tmp") for name in names]
     try:
         with ThreadPool() as pool:
@@ -278,8 +302,12 @@ def write_sheets(damaged: Iterable[tuple], levels: list[float], paths: list[Path
             if not writers:
                 columns = [*row, "degradation", "intensity", "damage_seed"]
                 for path in paths:
-                    sheet = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
-                    writer = csv.DictWriter(sheet, columns, delimiter="\t", lineterminator="\n")
+                    sheet = stack.enter_context(
+                        open(path, "w", encoding="utf-8", newline="")
+                    )
+                    writer = csv.DictWriter(
+                        sheet, columns, delimiter="\t", lineterminator="\n"
+                    )
                     writer.writeheader()
                     writers.append(writer)
             for writer, s, cell in zip(writers, levels, cells):
@@ -303,7 +331,9 @@ def damage_row(levels: list[float], seed: int, found: tuple[str, dict]) -> tuple
         images = [np.asarray(open_bytes(content)) for _, content in pictures]
         written = []
         for s in levels:
-            hurt = [encode_png(degrade(image, [(type, s)], damage_seed)) for image in images]
+            hurt = [
+                encode_png(degrade(image, [(type, s)], damage_seed)) for image in images
+            ]
             written.append(hurt[0] if len(hurt) == 1 else str(hurt))
         return row, written, {"degradation": type, "damage_seed": damage_seed}
 

@@ -44,7 +44,9 @@ def requests(row: dict, answer: str | None) -> list[str]:
     if row["form"] == "caption":
         named, truths = "reference", row["references"]
     rest = f"The answer to judge: {answer}\n\n{TASKS[row['form']]} Reply with the number alone."
-    return [f"Question: {row['question']}\nThe {named}: {truth}\n{rest}" for truth in truths]
+    return [
+        f"Question: {row['question']}\nThe {named}: {truth}\n{rest}" for truth in truths
+    ]
 
 
 def vote(rows: Sequence[dict], url: str, model: str, cache: Path) -> None:
@@ -54,7 +56,9 @@ def vote(rows: Sequence[dict], url: str, model: str, cache: Path) -> None:
     votes. SystemExit where the endpoint cannot be asked.
     """
     if not url.startswith(("http://", "https://")):
-        raise SystemExit(f"--judge {url}: expected an address such as https://api.openai.com/v1")
+        raise SystemExit(
+            f"--judge {url}: expected an address such as https://api.openai.com/v1"
+        )
     client, lock = ChatClient(model, url, flag="--judge"), threading.Lock()
     known = {row["key"]: row["vote"] for row in files.read_lines(cache)}
     keys = {}  # row -> the keys of its votes
@@ -96,7 +100,9 @@ def vote(rows: Sequence[dict], url: str, model: str, cache: Path) -> None:
             pool.shutdown(cancel_futures=True)
     lost = [key for key in missing if key not in known]
     if lost:
-        print(f"--judge {url}: {len(lost)} votes could not be had; run again to ask for them")
+        print(
+            f"--judge {url}: {len(lost)} votes could not be had; run again to ask for them"
+        )
     for i, own in keys.items():
         rows[i]["votes"] = [known.get(key) for key in own]
 

@@ -57,7 +57,12 @@ class Batches(IterableDataset):
                 talks.append(self.conversations(scene, applied, rng))
         pixel_values, grid = self.processor.pixels(images)
         lines = [self.line(rng) for _ in talks]
-        batch = {"pixel_values": pixel_values, "grid": grid, "conversations": talks, "lines": lines}
+        batch = {
+            "pixel_values": pixel_values,
+            "grid": grid,
+            "conversations": talks,
+            "lines": lines,
+        }
         arrays = {"cells": cells, "grounds": grounds, "damage": damage}
         for name, array in arrays.items():
             batch[name] = torch.from_numpy(array)
@@ -71,7 +76,9 @@ class Batches(IterableDataset):
         question = asked[rng.integers(len(asked))]
         damage = sample_degradations(rng, low=1, high=2)
         chain = questions.true_chain(scene, question, damage, None)
-        text = "\n".join([in_words(damage), chain.influence, chain.reasoning, chain.conclusion])
+        text = "\n".join(
+            [in_words(damage), chain.influence, chain.reasoning, chain.conclusion]
+        )
         return self.processor.response_ids(text)
 
     def conversations(
@@ -87,7 +94,9 @@ class Batches(IterableDataset):
         """
         *asked, describe = questions.questions(scene)
         turns = [("caption", describe.text, describe.answer)]
-        turns.append(("damage", "how is the picture damaged?", in_words(damage) or "nothing"))
+        turns.append(
+            ("damage", "how is the picture damaged?", in_words(damage) or "nothing")
+        )
         chosen = rng.permutation(2 * len(asked))[:6]
         for k, i in enumerate(chosen):
             question = asked[i % len(asked)]
@@ -99,7 +108,9 @@ class Batches(IterableDataset):
             if k >= 4:
                 kind = "explained"
                 text += FIRST
-                answer = f"the picture shows {describe.answer}\n{question.statement}\n{answer}"
+                answer = (
+                    f"the picture shows {describe.answer}\n{question.statement}\n{answer}"
+                )
             turns.append((kind, text, answer))
         turns = [turns[i] for i in rng.permutation(len(turns))]
         parts = [[turn] for turn in turns[:4]]
@@ -116,7 +127,9 @@ class Batches(IterableDataset):
             image = prompt.index(self.processor.image_token_id)
             prompt = prompt[image + 2 :]  # what follows <|vision_end|>
             if number:  # the picture belongs to the first turn alone
-                prompt = self.processor.tokenizer("\n<|im_start|>user\n")["input_ids"] + prompt
+                prompt = (
+                    self.processor.tokenizer("\n<|im_start|>user\n")["input_ids"] + prompt
+                )
             response = self.processor.response_ids(answer)
             ids += prompt
             ids += response

@@ -16,7 +16,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+)
 
 from degrade import sample_degradations
 from rr1.chain import build_prompt, render
@@ -90,12 +92,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> Processor:
     side = scenes.SIDE
     return Processor(
-        build_tokenizer(), Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=side * side)
+        build_tokenizer(),
+        Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=side * side),
     )
 
 
 def build_model(
-    tokenizer, hidden: int = 192, layers: int = 6, vision_hidden: int = 128, vision_depth: int = 4
+    tokenizer,
+    hidden: int = 192,
+    layers: int = 6,
+    vision_hidden: int = 128,
+    vision_depth: int = 4,
 ):
     """A randomly initialised Qwen2_5_VLForConditionalGeneration; 4 heads of 48 dimensions,
     M-RoPE sections 6 + 9 + 9 = 48 / 2."""

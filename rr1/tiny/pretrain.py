@@ -146,7 +146,9 @@ def same_size(model, heads: Heads, batch: dict, size: float = 0.3) -> None:
 
 @dataclass
 class Config:
-    out: str = opt("runs/tiny-base", "the run's folder; the checkpoint is its subfolder model/")
+    out: str = opt(
+        "runs/tiny-base", "the run's folder; the checkpoint is its subfolder model/"
+    )
     vision_steps: int = opt(2800, "steps of the vision phase")
     steps: int = opt(900, "steps of the whole phase")
     batch: int = opt(
@@ -256,7 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     end = header.index(processor.image_token_id) + 17  # 16 image tokens and <|vision_end|>
     loss_of = partial(losses, model, heads, header=header[:end])
     if rt.is_main:
-        print(f"{vlm.count_parameters(model)}; {len(processor.tokenizer)} tokens in the vocabulary")
+        print(
+            f"{vlm.count_parameters(model)}; {len(processor.tokenizer)} tokens in the vocabulary"
+        )
 
     # 1. vision
     share = a.batch // rt.world_size

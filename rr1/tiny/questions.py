@@ -96,7 +96,9 @@ def true_chain(
     if total >= 1.0:
         influence += ", and some may be lost"
 
-    asked_about = [t for t in scene.things if t.shape in question.text or t.color in question.text]
+    asked_about = [
+        t for t in scene.things if t.shape in question.text or t.color in question.text
+    ]
     seen = ", ".join(map(str, scene.things))
     if question.kind == "caption":
         seen = f"{COUNTS[len(scene.things) - 1]} of the shapes"

@@ -21,7 +21,12 @@ COLORS = {
     "white": (242, 242, 242),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-PLACES = ("top left", "top right", "bottom left", "bottom right")  # the reading order of captions
+PLACES = (
+    "top left",
+    "top right",
+    "bottom left",
+    "bottom right",
+)  # the reading order of captions
 GROUNDS = ("grass", "sand", "water", "brick")
 
 

@@ -32,8 +32,12 @@ class Config:
     model: str = opt(tiny.RESTORER, "a restorer's folder, as train_recover.py writes it")
     data: list[str] = opt([], "files of records; none: the drawn world's train and test")
     images: str = opt("", "folder that image paths are relative to; empty: each file's own")
-    part: str = opt("all", "25 % of the records, the other 75 %, or all", ["all", "sft", "rl"])
-    steps: int | None = opt(None, "Euler steps of a recovery; default: the model's own", low=1)
+    part: str = opt(
+        "all", "25 % of the records, the other 75 %, or all", ["all", "sft", "rl"]
+    )
+    steps: int | None = opt(
+        None, "Euler steps of a recovery; default: the model's own", low=1
+    )
     seed: int = opt(0, "of the noise that recovery starts from")
     batch: int = opt(64, "pictures at a time", low=1)
     out: str = opt("runs/recovered", "folder of the new data set")
@@ -81,7 +85,9 @@ def recover_records(
     """Recover a batch at the restorer's side, and write each picture at its own size."""
     side = model.config["side"]
     images = [np.asarray(records.open_image(found[i]["image"])) for i in numbers]
-    damaged = to_tensor([resize(image, side, side) for image in images])  # (n, 3, side, side)
+    damaged = to_tensor(
+        [resize(image, side, side) for image in images]
+    )  # (n, 3, side, side)
     seeds = [data.seed_for(config.seed, i) for i in numbers]
     recovered = to_uint8(recover(model, damaged, seeds, config.steps))
     for i, image, picture in zip(numbers, images, recovered):
@@ -103,7 +109,9 @@ def new_record(
         f"{name}/recovered/{number:06d}.png",
     ]
     if "clean_image" in record:
-        row["clean_image"] = copied(record["clean_image"], out, f"{name}/clean/{number:06d}")
+        row["clean_image"] = copied(
+            record["clean_image"], out, f"{name}/clean/{number:06d}"
+        )
     human = {"from": "human", "value": "<image><image>" + record["question"]}
     row["conversations"] = [human]
     if record["response"]:

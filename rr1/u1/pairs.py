@@ -87,7 +87,9 @@ class Scenes:
             with get_context("spawn").Pool() as pool:
                 work = pool.imap(one, range(self.n), chunksize=64)
                 drawn = np.stack(list(tqdm(work, total=self.n, desc=f"drawing {path}")))
-            temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")  # others may be at it too
+            temporary = path.with_suffix(
+                f".{os.getpid()}.tmp.npy"
+            )  # others may be at it too
             np.save(temporary, drawn)
             os.replace(temporary, path)
         self.drawn = np.load(path, mmap_mode="r")  # (n, 2, side, side, 3)

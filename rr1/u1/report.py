@@ -34,8 +34,12 @@ class Config:
     restorer: str = opt(tiny.RESTORER, "a restorer's folder, as train_recover.py writes it")
     data: str = opt("", "folder of clean photos; empty: the drawn world's held-out scenes")
     limit: int = opt(256, "pictures, the undamaged ones counted", low=1)
-    steps: int | None = opt(None, "Euler steps of a recovery; default: the model's own", low=1)
-    recoveries: int | None = opt(None, "the mean of so many; default: the model's own", low=1)
+    steps: int | None = opt(
+        None, "Euler steps of a recovery; default: the model's own", low=1
+    )
+    recoveries: int | None = opt(
+        None, "the mean of so many; default: the model's own", low=1
+    )
     gate: float | None = opt(None, "smaller changes are not made; default: the model's own")
     encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
     seed: int = opt(0, "of the noise that recovery starts from")

@@ -133,7 +133,9 @@ class Restorer(nn.Module):
             nn.SiLU(),
             conv(a, 24),
         )
-        self.colour = conv(b, 12, size=1)  # 3 x 4: to each colour from 1, red, green and blue
+        self.colour = conv(
+            b, 12, size=1
+        )  # 3 x 4: to each colour from 1, red, green and blue
         start_at_zero(self.end[-1])
         start_at_zero(self.colour)
 
@@ -199,7 +201,9 @@ class Restorer(nn.Module):
         write_json(folder / "config.json", self.config)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Restorer:
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32
+    ) -> Restorer:
         """What `save_pretrained` wrote; SystemExit for any other folder."""
         folder = Path(folder)
         try:
