@@ -65,7 +65,7 @@ AT_LEAST_ONE = {
     "train_grpo": "prompts mu micro-batch steps max-new-tokens eval-records",
     "train_recover": "batch mu steps",
     "evaluate": "batch max-new-tokens",
-    "rr1.annotate.__main__": "low high workers max-tokens",
+    "rr1.annotate.__main__": "high workers max-tokens",
     "rr1.certify": "group-sizes new-tokens",
     "rr1.u1.__main__": "batch steps",
     "rr1.u1.report": "limit steps",
