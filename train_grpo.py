@@ -58,7 +58,7 @@ class Config:
     max_new_tokens: int = opt(128, "longest response (2048 in the published run)", low=1)
     rewards: list[str] = opt(["deg", "len"], f"{', '.join(rewards.REWARDS)}, or file.py:function")
     reward_weights: list[float] = opt([], "one for each reward; empty: 1 each, Eq. (9)", low=-1e9)
-    scale_by_std: bool = opt(True, "divide by the group's standard deviation, Eq. (10)")
+    advantage: str = opt("grpo", "from rewards to advantages; grpo: Eq. (10)", [*grpo.ADVANTAGES])
     loss: str = opt("grpo", "mean over responses, as if all were longest, or tokens", grpo.LOSSES)
     mask_truncated: bool = opt(False, "leave responses that were cut off out of the loss")
     clip: float = opt(0.2, "clip the ratio below 1 - this and above 1 + this (0.2 as published)")
@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> None:
             R = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # (B, G)
 
             # 3. advantage
-            A = grpo.group_advantages(R, config.scale_by_std).float().to(rt.device)  # (B, G)
-            for group, advantages in zip(groups, A):
+            A = grpo.ADVANTAGES[config.advantage](weighted_terms(groups, config))  # (B, G)
+            for group, advantages in zip(groups, A.float().to(rt.device)):
                 group.advantages = advantages
 
             # 4. score under the reference
@@ -222,6 +222,12 @@ def load_step(config, rt: runtime.Runtime, processor, policy, found: records.Rec
         chosen.append(record | {"length": data.true_length(record, processor)})
         seeds.append(data.seed_for(config.seed, step, place))
     return chosen, seeds, load_prompts(config, processor, policy, chosen)
+
+
+def weighted_terms(groups: list[Group], config: Config) -> Tensor:
+    """(B, G, K): each response's K rewards, weighted; their sum is R."""
+    values = [[list(terms.values()) for terms in group.terms] for group in groups]
+    return torch.tensor(values, dtype=torch.float64) * torch.tensor(config.reward_weights or 1.0)
 
 
 def to_text(r: rollout.Rollout, processor: vlm.Processor) -> rewards.Response:

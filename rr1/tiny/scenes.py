@@ -1,0 +1,161 @@
+"""Scenes of the drawn world and their pictures.
+
+A scene is a textured ground with one to four coloured shapes, each in a quarter of its own, drawn
+at 112 x 112 pixels (16 visual tokens). No two share a shape or a place; colours may repeat. The
+colours stand on two ladders, so that what one looks like depends on the damage: white, grey and
+black differ in brightness alone, and rust, slate and sage are red, blue and green with half of
+their colour gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from degrade import Degradation
+
+SIDE = 112  # pixels; Qwen2.5-VL turns 28 x 28 of them into one token
+COLORS = {
+    **{"white": (244, 244, 244), "grey": (134, 134, 134), "black": (46, 46, 46)},
+    **{"red": (214, 44, 40), "blue": (40, 84, 214), "green": (30, 196, 70)},
+    **{"rust": (148, 72, 70), "slate": (65, 85, 143), "sage": (86, 160, 104)},
+    "yellow": (240, 208, 48),
+}
+BRIGHTNESS = ("white", "grey", "black")
+PALER = {"red": "rust", "blue": "slate", "green": "sage"}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PLACES = ("top left", "top right", "bottom left", "bottom right")  # the reading order of captions
+GROUNDS = ("grass", "sand", "water", "brick")
+
+
+class Thing(NamedTuple):
+    shape: str
+    color: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.shape} {self.place}"
+
+
+class Scene(NamedTuple):
+    ground: str
+    things: tuple[Thing, ...]  # in reading order
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """One to four things with distinct shapes and places; a third of them repeat the colour of
+    the one before."""
+    n = int(rng.choice([1, 2, 3, 4], p=[0.1, 0.25, 0.35, 0.3]))
+    shapes = rng.permutation(SHAPES)[:n]
+    weights = np.array([2 if color in BRIGHTNESS else 1 for color in COLORS])
+    colors = list(rng.choice(list(COLORS), size=n, replace=False, p=weights / weights.sum()))
+    for i in range(1, n):
+        if rng.random() < 1 / 3:
+            colors[i] = colors[i - 1]
+    places = sorted(rng.permutation(len(PLACES))[:n])
+    rows = zip(shapes, colors, places, strict=True)
+    things = tuple(Thing(str(shape), str(color), PLACES[place]) for shape, color, place in rows)
+    return Scene(str(rng.choice(GROUNDS)), things)
+
+
+# ---------------------------------------------------------------- what the damage does to a colour
+
+
+def ladder_steps(degradations: Iterable[Degradation]) -> dict[str, int]:
+    """How many steps down its ladder a colour seems to go, 0 to 2, for darkness and for
+    saturation."""
+    strength = {"darkness": 0.0, "saturation": 0.0} | dict(degradations)
+    thresholds = {"darkness": (0.2, 0.65), "saturation": (0.3, 0.75)}
+    return {kind: sum(strength[kind] >= t for t in limits) for kind, limits in thresholds.items()}
+
+
+def looks(color: str, degradations: Iterable[Degradation]) -> str:
+    """The colour that a colour is taken for under this damage: white looks grey in the dark."""
+    steps = ladder_steps(degradations)
+    if steps["saturation"] and color in PALER:
+        color = PALER[color]
+        steps["saturation"] -= 1
+    if steps["saturation"] and color not in BRIGHTNESS:
+        color = "grey"
+    if color in BRIGHTNESS:
+        lower = BRIGHTNESS.index(color) + steps["darkness"]
+        color = BRIGHTNESS[min(lower, len(BRIGHTNESS) - 1)]
+    return color
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _ground(kind: str, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A textured ground, float32 (side, side, 3)."""
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    fine = rng.standard_normal((side, side), dtype=np.float32)
+    phase = rng.uniform(0, 2 * np.pi)
+    if kind == "grass":  # upright blades
+        base, texture = (96, 128, 72), 78 * cv2.blur(fine, (1, 9))
+    elif kind == "sand":  # speckle on soft dunes
+        base, texture = (206, 180, 132), 9 * fine + 8 * np.sin(9 * y + 3 * x + phase)
+    elif kind == "water":  # level waves
+        waves = np.sin(44 * y + 1.5 * np.sin(7 * x + phase) + phase)
+        base, texture = (88, 132, 160), 16 * waves + 3 * fine
+    else:  # brick: courses with mortar between
+        row = np.floor(y * 9)
+        mortar = (y * 9 % 1 < 0.13) | ((x * 5 + 0.5 * (row % 2)) % 1 < 0.07)
+        base, texture = (158, 96, 78), np.where(mortar, 62, 5 * fine)
+    return np.float32(base) + texture[..., None]
+
+
+def _outline(shape: str) -> np.ndarray:
+    """Corners of a shape of radius 1 around (0, 0), float (n, 2)."""
+    if shape == "square":
+        return np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])
+    if shape == "cross":
+        a, b = 0.95, 0.33
+        arm = np.array([(b, -a), (b, -b), (a, -b)])
+        quarter = np.array([(0, -1), (1, 0)])  # a turn by 90 degrees
+        return np.concatenate([arm @ np.linalg.matrix_power(quarter, k) for k in (0, 3, 2, 1)])
+    kinds = {"triangle": (3, 1), "star": (10, 0.42), "circle": (60, 1), "ring": (60, 1)}
+    corners, inner = kinds[shape]
+    angle = np.arange(corners) * 2 * np.pi / corners - np.pi / 2
+    radius = np.where(np.arange(corners) % 2, inner, 1)
+    return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], 1)
+
+
+def arrange(
+    scene: Scene, rng: np.random.Generator, side: int = SIDE
+) -> list[tuple[np.ndarray, float]]:
+    """Where each thing stands: its centre (x, y) and radius in pixels, anywhere within its
+    quarter."""
+    spots = []
+    for thing in scene.things:
+        row, column = divmod(PLACES.index(thing.place), 2)
+        radius = side * rng.uniform(0.15, 0.2)
+        room = side / 4 - radius
+        corner = np.array([column, row]) * side / 2
+        spots.append((corner + side / 4 + rng.uniform(-room, room, 2), radius))
+    return spots
+
+
+def draw(
+    scene: Scene, rng: np.random.Generator, side: int = SIDE, spots: list | None = None
+) -> np.ndarray:
+    """The picture of a scene: uint8 RGB (side, side, 3). Size, tilt and position of each shape
+    vary."""
+    spots = spots or arrange(scene, rng, side)
+    big = 2 * side  # drawn at twice the size, then halved: smooth edges
+    image = np.clip(_ground(scene.ground, side, rng), 0, 255).astype(np.uint8)
+    image = cv2.resize(image, (big, big), interpolation=cv2.INTER_LINEAR)
+    for thing, (center, radius) in zip(scene.things, spots, strict=True):
+        tilt = rng.uniform(-0.3, 0.3)
+        turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
+        outlines = [_outline(thing.shape) @ turn]
+        if thing.shape == "ring":
+            outlines.append(_outline("circle") * 0.52)
+        contours = [np.round(2 * (o * radius + center)).astype(np.int32) for o in outlines]
+        shade = rng.uniform(0.92, 1.0)
+        cv2.fillPoly(image, contours, tuple(int(c * shade) for c in COLORS[thing.color]))
+        cv2.polylines(image, contours, True, (24, 24, 24), max(1, big // 100), cv2.LINE_AA)
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
