@@ -1,62 +1,59 @@
-"""The README's picture: a damaged scene, the chain that the trained model writes about it, and the reward while it learnt.
+"""The README's picture: a damaged scene, the chain that the model writes about it, its held-out curve.
 
-    python bench/overview.py                               # after train_grpo.py; writes docs/overview.png
+python bench/overview.py                # after train_grpo.py; writes docs/overview.png
 """
+
 from __future__ import annotations
 
-import json
-import os
+import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import held_out
 import matplotlib.image
-import numpy as np
 from matplotlib.figure import Figure
 
-from rr1 import data, run_folder, runtime, tiny, vlm
-from rr1.rollout import sample_group
+from rr1 import files, records, runtime, tiny
 from rr1.runtime import opt
 
 
 @dataclass
 class Config:
     run: str = opt("runs/grpo", "folder of a GRPO run: its model and its metrics are shown")
-    record: int = opt(156, "which damaged record of the held-out data to show")
+    record: int = opt(156, "which record of the held-out data to show")
+    curves: list[str] = opt(["reward/deg", "reward/len"], "names in metrics.jsonl")
     out: str = opt("docs/overview.png", "picture to write")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
-    record = [r for r in data.read(tiny.dataset("test")) if r["degradations"]][config.record]
-    rows = [json.loads(line) for line in open(Path(config.run) / "metrics.jsonl", encoding="utf-8")]
-    model, processor = vlm.load(f"{config.run}/model")
-    prompts = data.encode(model, data.load_batch([record], processor))
-    [[rollout]] = sample_group(model, prompts, 1, [0], end_id=processor.end_id, max_new_tokens=128, temperature=0,
-                               banned=processor.banned_ids)
+    record = records.read(tiny.dataset("test"))[config.record]
+    with tempfile.TemporaryDirectory() as folder:
+        [row] = held_out.answers(f"{config.run}/model", [record], Path(folder) / "one", plain=False)
 
     figure = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
     clean, damaged, text, curve = figure.subplots(1, 4, width_ratios=[1, 1, 2, 1.5])
     truth = ",\n".join(f"{d.type} {d.intensity:.2f}" for d in record["degradations"])
-    for axes, path, title in ((clean, record["clean_image"], "X, never shown\nto the model"), (damaged, record["image"], f"X_d: {truth}")):
-        axes.imshow(matplotlib.image.imread(path))
+    shown = {
+        clean: ("clean_image", "X, never shown\nto the model"),
+        damaged: ("image", f"X_d: {truth}"),
+    }
+    for axes, (name, title) in shown.items():
+        axes.imshow(matplotlib.image.imread(record[name]))
         axes.set_title(title, fontsize=9)
         axes.axis("off")
-    chain = "\n".join(textwrap.fill(line, 62) for line in processor.decode(rollout.ids).splitlines())
-    text.text(0, 1, f"{record['question']}\n\n{chain}", va="top", family="monospace", fontsize=8)
-    text.set_title("the chain that the model writes", fontsize=9)
+    lines = [record["question"], "", *row["response"].splitlines()]
+    chain = "\n".join(textwrap.fill(line, 62) for line in lines)
+    text.text(0, 1, chain, va="top", family="monospace", fontsize=8)
     text.axis("off")
-    steps = [row["step"] for row in rows]
-    for name, label in (("reward/deg", "r_deg, Eq. (6)"), ("reward/len", "r_len, Eq. (8)")):
-        values = np.array([row[name] for row in rows])
-        points, = curve.plot(steps, values, ".", markersize=3, alpha=0.35)
-        curve.plot(steps, run_folder.smooth(values, 1 / 3), color=points.get_color(), label=label)
-    curve.set(xlabel="GRPO step (dots: each with other pictures)", ylabel="mean reward of what was sampled")
-    curve.spines[["top", "right"]].set_visible(False)
+    metrics = files.read_lines(Path(config.run) / "metrics.jsonl")
+    for name in config.curves:
+        points = [(m["step"], m[name]) for m in metrics if name in m]
+        curve.plot(*zip(*points), label=name)
+    curve.set(xlabel="GRPO step", ylabel="mean over the responses")
     curve.legend(frameon=False, fontsize=8)
-    temporary = config.out + ".tmp"
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, config.out)
+    files.save_figure(figure, config.out)
     print("written:", config.out)
 
 

@@ -35,7 +35,7 @@ from rr1.runtime import opt
 from rr1.tiny import scenes, world
 from rr1.tiny.lessons import Batches
 from rr1.tiny.model import build_model, build_processor
-from rr1.vlm import Prompt, encode_images, group_logps, make_prompt
+from rr1.vlm import Processor, Prompt, encode_images, group_logps, make_prompt
 
 
 class Heads(nn.Module):
@@ -198,7 +198,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(a.seed)
-    processor = build_processor()
+    if not (out / "model").exists():  # the tokenizer is made once: its ids follow from the world's text
+        with runtime.main_first(rt):
+            build_processor().save_pretrained(out / "model")
+    processor = Processor.from_pretrained(str(out / "model"))
     model = build_model(processor.tokenizer)
     heads = Heads(model.config.text_config.hidden_size)
     both = nn.ModuleDict({"model": model, "heads": heads})

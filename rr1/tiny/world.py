@@ -29,7 +29,7 @@ from rr1.files import write_text
 from rr1.tiny.questions import ask, caption, choices, questions, right_length, true_chain
 from rr1.tiny.scenes import draw, sample_scene
 
-TRAIN, TEST = 8192, 1632  # records in the written data set
+TRAIN, TEST = 24576, 1632  # records in the written data set
 LEVELS = {"none": (0, 0), "light": (0.1, 0.5), "medium": (0.5, 1.5), "strong": (1.5, 3)}
 ORDER = ("none", "light", "medium", "medium", "strong", "strong", "strong", "strong")
 TYPES = [kind for kinds in STAGES.values() for kind in kinds]
