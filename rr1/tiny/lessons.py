@@ -91,7 +91,7 @@ class Batches(IterableDataset):
             if stepwise:
                 listed = [str(thing) for thing in scene.things]
                 listed = listed[: rng.integers(len(listed) + 1)]
-                seen = ", ".join([*listed, *questions.seen_steps(question, [])])
+                seen = ", ".join([*listed, *question.steps])
                 text += f"\n{STEPWISE}"
                 answer = f"{seen}\n{question.statement}\n{question.answer}"
             kind = "stepwise" if stepwise else "choice" if options else f"{question.n_steps} steps"

@@ -198,7 +198,9 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(a.seed)
-    if not (out / "model").exists():  # the tokenizer is made once: its ids follow from the world's text
+    if not (
+        out / "model"
+    ).exists():  # the tokenizer is made once: its ids follow from the world's text
         with runtime.main_first(rt):
             build_processor().save_pretrained(out / "model")
     processor = Processor.from_pretrained(str(out / "model"))

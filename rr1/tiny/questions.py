@@ -3,8 +3,8 @@
 Questions take one to three steps. Each step is a question of its own: thing to place, place to
 thing, the neighbour, counting, comparing; to count is to find, then to count. A chain leaves
 nothing out that a later part needs: TYPE names the damage, INFLUENCE says what that changes or
-hides ("white looks grey"), REASONING says what is there and goes the question's steps ("it looks
-grey"), CONCLUSION says what follows ("the star is white").
+hides ("white looks grey"), REASONING says what is truly there and goes the steps of the
+question, CONCLUSION says what follows ("the star is white").
 """
 
 from __future__ import annotations
@@ -17,17 +17,7 @@ import numpy as np
 
 from degrade import Degradation
 from rr1.chain import Chain, render
-from rr1.tiny.scenes import (
-    BRIGHTNESS,
-    COLORS,
-    GROUNDS,
-    PLACES,
-    SHAPES,
-    Scene,
-    Thing,
-    ladder_steps,
-    looks,
-)
+from rr1.tiny.scenes import BRIGHTNESS, COLORS, GROUNDS, PLACES, SHAPES, Scene, Thing
 
 COUNTS = ("one", "two", "three", "four")
 BESIDE = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}  # row, column
@@ -60,7 +50,7 @@ def questions(scene: Scene) -> list[Question]:
         asked += _beside(scene, thing)
     for color in dict.fromkeys(colors):
         names = [thing.shape for thing in scene.things if thing.color == color]
-        number, steps = COUNTS[len(names) - 1], (f"it looks {{{color}}}", ", ".join(names))
+        number, steps = COUNTS[len(names) - 1], (", ".join(names),)
         text, said = f"how many shapes are {color}?", f"the number of {color} shapes is {number}"
         asked.append(Question("count color", 3, text, number, said, steps, COUNTS))
     asked += _compared(scene)
@@ -77,7 +67,7 @@ def questions(scene: Scene) -> list[Question]:
 def _about(thing: Thing, unique_color: bool) -> list[Question]:
     """One step: from one property of a thing to another."""
     shape, color, place = thing
-    seen, at = f"it looks {{{color}}}", f"the {shape} is {place}"
+    seen, at = f"it is {color}", f"the {shape} is {place}"
     asked = [
         Question(
             "color",
@@ -85,7 +75,7 @@ def _about(thing: Thing, unique_color: bool) -> list[Question]:
             f"what color is the {shape}?",
             color,
             f"the {shape} is {color}",
-            (at, seen),
+            (at,),
             tuple(COLORS),
         ),
         Question("place", 1, f"where is the {shape}?", place, at, (seen,), PLACES),
@@ -93,7 +83,7 @@ def _about(thing: Thing, unique_color: bool) -> list[Question]:
     ]
     if unique_color:
         text, said = f"what shape is {color}?", f"the {color} shape is a {shape}"
-        asked.append(Question("shape", 1, text, shape, said, (seen, f"it is {place}"), SHAPES))
+        asked.append(Question("shape", 1, text, shape, said, (f"it is {place}",), SHAPES))
     return asked
 
 
@@ -116,7 +106,7 @@ def _named(kind: str, n: int, where: str, thing: Thing, steps: tuple[str, ...]) 
     """Shape and colour of the thing that the steps lead to."""
     shape, color, place = thing
     text, said = f"what shape is {where}?", f"the {shape} is {place}"
-    of_color, seen = f"what color is {where}?", (*steps, f"it looks {{{color}}}")
+    of_color = f"what color is {where}?"
     return [
         Question(kind, n, text, shape, said, steps, SHAPES),
         Question(
@@ -125,7 +115,7 @@ def _named(kind: str, n: int, where: str, thing: Thing, steps: tuple[str, ...]) 
             of_color,
             color,
             f"the shape {place} is {color}",
-            seen,
+            steps,
             tuple(COLORS),
         ),
     ]
@@ -147,7 +137,7 @@ def _compared(scene: Scene) -> list[Question]:
             if one.color == other.color:
                 continue
             brighter = min(one, other, key=lambda thing: BRIGHTNESS.index(thing.color))
-            steps = tuple(f"the {thing.shape} looks {{{thing.color}}}" for thing in (one, other))
+            steps = tuple(f"the {thing.shape} is {thing.color}" for thing in (one, other))
             text = f"which is brighter, the {one.shape} or the {other.shape}?"
             said = f"the {brighter.shape} is brighter"
             asked.append(Question("compare", 3, text, brighter.shape, said, steps, SHAPES))
@@ -192,17 +182,20 @@ EFFECTS = {
     "graffiti": "paint covers shapes",
     "watermark damage": "letters cover shapes",
 }
-ON_LADDERS = {
-    "darkness": ("light is low", "white looks grey", "white looks black"),
-    "saturation": ("colors fade", "red looks rust", "red looks grey"),
+# darkness and saturation: by intensity, how far a colour seems to go down its ladder
+LADDERS = {
+    "darkness": {0: "light is low", 0.2: "white looks grey", 0.65: "white looks black"},
+    "saturation": {0: "colors fade", 0.3: "red looks rust", 0.75: "red looks grey"},
 }
 
 
 def influence(degradations: Sequence[Degradation]) -> str:
     """What the damage hides or changes."""
-    steps = ladder_steps(degradations)
-    effects = EFFECTS | {kind: effects[steps[kind]] for kind, effects in ON_LADDERS.items()}
-    return ", ".join(effects[kind] for kind, _ in degradations) or "nothing is hidden"
+    said = []
+    for kind, s in degradations:
+        steps = LADDERS.get(kind, {0: EFFECTS.get(kind)})
+        said.append(steps[max(least for least in steps if least <= s)])
+    return ", ".join(said) or "nothing is hidden"
 
 
 def tokens(text: str) -> int:
@@ -213,13 +206,6 @@ def tokens(text: str) -> int:
 def right_length(degradations: Sequence[Degradation]) -> int:
     """Eq. (7): the tokens that a chain should have, linear in the total intensity."""
     return round(30 + 13 * sum(s for _, s in degradations))
-
-
-def seen_steps(question: Question, degradations: Sequence[Degradation]) -> list[str]:
-    """The question's steps, with what its colours look like under this damage."""
-    return [
-        re.sub(r"\{(\w+)\}", lambda m: looks(m[1], degradations), step) for step in question.steps
-    ]
 
 
 def true_chain(
@@ -236,7 +222,7 @@ def true_chain(
     The shortest chain holds the last step alone; so does every one without `steps`.
     """
     length = right_length(degradations) if length is None else length
-    way = seen_steps(question, degradations)
+    way = list(question.steps)
     listed = [] if question.kind == "caption" else [str(thing) for thing in scene.things]
     reasonings = [way[-1:]]
     reasonings += [listed[:n] + (way if steps else way[-1:]) for n in range(len(listed) + 1)]

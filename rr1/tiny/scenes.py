@@ -9,13 +9,10 @@ their colour gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-
-from degrade import Degradation
 
 SIDE = 112  # pixels; Qwen2.5-VL turns 28 x 28 of them into one token
 COLORS = {
@@ -25,7 +22,6 @@ COLORS = {
     "yellow": (240, 208, 48),
 }
 BRIGHTNESS = ("white", "grey", "black")
-PALER = {"red": "rust", "blue": "slate", "green": "sage"}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # the reading order of captions
 GROUNDS = ("grass", "sand", "water", "brick")
@@ -59,31 +55,6 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     rows = zip(shapes, colors, places, strict=True)
     things = tuple(Thing(str(shape), str(color), PLACES[place]) for shape, color, place in rows)
     return Scene(str(rng.choice(GROUNDS)), things)
-
-
-# ---------------------------------------------------------------- what the damage does to a colour
-
-
-def ladder_steps(degradations: Iterable[Degradation]) -> dict[str, int]:
-    """How many steps down its ladder a colour seems to go, 0 to 2, for darkness and for
-    saturation."""
-    strength = {"darkness": 0.0, "saturation": 0.0} | dict(degradations)
-    thresholds = {"darkness": (0.2, 0.65), "saturation": (0.3, 0.75)}
-    return {kind: sum(strength[kind] >= t for t in limits) for kind, limits in thresholds.items()}
-
-
-def looks(color: str, degradations: Iterable[Degradation]) -> str:
-    """The colour that a colour is taken for under this damage: white looks grey in the dark."""
-    steps = ladder_steps(degradations)
-    if steps["saturation"] and color in PALER:
-        color = PALER[color]
-        steps["saturation"] -= 1
-    if steps["saturation"] and color not in BRIGHTNESS:
-        color = "grey"
-    if color in BRIGHTNESS:
-        lower = BRIGHTNESS.index(color) + steps["darkness"]
-        color = BRIGHTNESS[min(lower, len(BRIGHTNESS) - 1)]
-    return color
 
 
 # ---------------------------------------------------------------- pictures

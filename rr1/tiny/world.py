@@ -85,9 +85,9 @@ def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dic
         chain = true_chain(scene, question, degradations, answer)
     elif holds_chain(record_id):
         length = right_length(degradations)
-        if rng.random() < 0.6:
+        if rng.random() < 0.5:
             length = 30 + 70 - length
-        steps = rng.random() < 0.75
+        steps = rng.random() < 0.8
         chain = true_chain(scene, question, degradations, answer, length, steps)
     if chain:
         turns.append({"from": "gpt", "value": render(chain)})
