@@ -224,7 +224,7 @@ def test_a_record_says_what_was_asked_and_done(samples):
 def test_a_quarter_of_the_training_records_holds_chains_and_the_split_finds_it():
     chosen = [world.undamaged(i, 0)[2] for i in range(400)]
     with_chain = {record["id"] for record in chosen if len(record["conversations"]) == 2}
-    assert with_chain == {r["id"] for r in chosen if data.split([r], "sft")}
+    assert with_chain == {r["id"] for r in chosen if data.part_of(r["id"]) == "sft"}
     assert 70 < len(with_chain) < 130
     assert all(record["length"] > 20 and record["degradations"] is not None for record in chosen)
 
