@@ -1,4 +1,4 @@
-"""The README's picture: a damaged scene, the chain that the model writes about it, its held-out curve.
+"""The README's picture: a damaged scene, the chain that the model writes about it, curves of a run.
 
 python bench/overview.py                # after train_grpo.py; writes docs/overview.png
 """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from degrade import DEGRADATIONS, Degradation, degrade
-from rr1 import data, tiny, vlm
+from rr1 import data, records, tiny, vlm
 from rr1.answers import choice_index
 from rr1.chain import TAGS, build_prompt, is_well_formed, parse, render
 from rr1.tiny import model as tiny_model
@@ -310,7 +310,6 @@ def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
         n: p.shape for n, p in model.named_parameters()
     }
     assert shipped.config.text_config.rope_parameters == model.config.text_config.rope_parameters
-    assert set(processor.tokenizer.get_vocab()) == set(built.tokenizer.get_vocab())
     for text in tiny_model.corpus(40, seed=1):
         assert processor.tokenizer.tokenize(text) == built.tokenizer.tokenize(text), text
     assert (
@@ -325,7 +324,7 @@ def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
 
 
 def test_written_records_load(world_folder):
-    train, test = (data.read(world_folder / f"{split}.jsonl") for split in ("train", "test"))
+    train, test = (records.read(world_folder / f"{split}.jsonl") for split in ("train", "test"))
     assert (
         len(train) == 48
         and len(test) == 16

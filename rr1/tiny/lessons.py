@@ -84,6 +84,10 @@ class Batches(IterableDataset):
         turns = [("caption", describe.text, describe.answer)]
         for k in range(7):
             question = questions.ask(scene, rng)
+            if k in (0, 2):  # looking a thing up by its shape is learnt last
+                asked = questions.questions(scene)
+                asked = [question for question in asked if question.kind in ("color", "place")]
+                question = asked[rng.integers(len(asked))]
             stepwise = k >= 5
             options = questions.choices(question, rng) if k in (1, 3, 5) else None
             text = build_question(question.text, options)
