@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     runtime.teardown(rt)
 
 
-def choose_models(config: Config, rt: runtime.Runtime) -> dict[str, str]:
+def choose_models(config: Config, rt: runtime.Runtime) -> dict:
     """{name: checkpoint}, less those of the default list that are not there yet."""
     given = [f"model={config.model}"] if config.model else config.models
     models = {}
@@ -122,7 +122,7 @@ def choose_models(config: Config, rt: runtime.Runtime) -> dict[str, str]:
     return models
 
 
-def read_records(config: Config) -> tuple[list[dict], list[str]]:
+def read_records(config: Config) -> tuple:
     """The records to ask about, and what is to be said about the file."""
     if config.benchmark:
         cache = Path(config.out) / "images"
@@ -147,7 +147,7 @@ def how_asked(config: Config, name: str, checkpoint: str) -> dict:
     }
 
 
-def write_report(out: Path, rows: dict[str, list[dict]], seed: int) -> None:
+def write_report(out: Path, rows: dict, seed: int) -> None:
     """Score the predictions; print and write report.txt, write report.json and the plots.
 
     The first model is what the others are compared with, question by question.

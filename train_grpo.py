@@ -28,34 +28,39 @@ Shapes: B prompts a step, G responses each, n prompts in a micro-batch, L tokens
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rr1 import data, fast, grpo, records, rewards, rollout, run_folder, runtime, shard, tiny, vlm
-from rr1.chain import is_well_formed
+from rr1 import (
+    data,
+    grpo,
+    records,
+    rewards,
+    rollout,
+    run_folder,
+    runtime,
+    shard,
+    tiny,
+    training,
+    vlm,
+)
+from rr1.groups import Group, measure, sampler_gap, to_read, to_text
 from rr1.runtime import opt
 
 
 @dataclass
-class Config:
+class Config(training.Options):
     # data
-    data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
-    images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt("rl", "the paper's 75 % for RL, its 25 % for SFT, or all", ["rl", "sft", "all"])
-    skip_bad: bool = opt(False, "leave out, and list in --out, records that cannot be used")
-    max_image_tokens: int = opt(0, "a record whose pictures take more tokens is bad; 0: no limit")
-    min_pixels: int = opt(0, "enlarge smaller pictures to this; 0: as the checkpoint says")
-    max_pixels: int = opt(0, "reduce larger pictures to this; 0: as the checkpoint says")
-    workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread")
     # method
     model: str = opt(tiny.SFT, "checkpoint folder or hub id to start from; the reference too")
     prompts: int = opt(16, "groups a step, over all processes", low=1)
     group_size: int = opt(8, "G, responses to each prompt (8 in the published run)", low=2)
     temperature: float = opt(1.0, "of sampling and of scoring alike", low=0.01)
-    max_new_tokens: int = opt(128, "longest response (2048 in the published run)", low=1)
     rewards: list[str] = opt(["deg", "len"], f"{', '.join(rewards.REWARDS)}, or file.py:function")
     reward_weights: list[float] = opt([], "one for each reward; empty: 1 each, Eq. (9)", low=-1e9)
     advantage: str = opt("grpo", "from rewards to advantages; grpo: Eq. (10)", [*grpo.ADVANTAGES])
@@ -70,19 +75,12 @@ class Config:
     lr: float = opt(1e-4, "learning rate after warm-up (1e-6 in the published run of the 3B model)")
     warmup: int = opt(5, "steps of linear warm-up; a cosine down to a tenth follows")
     weight_decay: float = opt(0.0, "of AdamW, on matrices only")
-    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", low=1e-9)
     # machine
-    micro_batch: int = opt(8, "groups a forward and backward pass, in each process", low=1)
-    gradient_checkpointing: bool = opt(False, "recompute activations: slower, much less memory")
-    shard: bool = opt(False, "spread weights, gradients and optimizer state: docs/gpus.md")
     out: str = opt("runs/grpo", "the run's folder")
     seed: int = opt(0, "fixes the order of the records, what is sampled, all that is random")
     save_every: int = opt(50, "steps between checkpoints")
-    resume: bool = opt(False, "go on from the newest checkpoint in --out")
-    tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
 
 
-FREE = {"save_every", "workers", "tracker", "shard"}  # may differ when a run goes on
 PANELS = {
     "reward (mean, spread within a group)": ["reward", "reward_std"],
     "reward terms": ["reward/*"],
@@ -93,35 +91,18 @@ PANELS = {
     "gradient norm": ["grad_norm"],
     "loss": ["loss"],
     "seconds": ["seconds/*"],
+    **training.PANELS,
 }
-
-
-@dataclass
-class Group:
-    """One prompt on its way through a step, and what became of its G responses."""
-
-    record: dict
-    prompt: vlm.Prompt
-    rollouts: list[rollout.Rollout]  # as sampled: token ids
-    responses: list[rewards.Response]  # as text
-    rewards: list[float] = field(default_factory=list)  # R, Eq. (9)
-    terms: list[dict[str, float]] = field(default_factory=list)  # its parts, unweighted
-    advantages: Tensor | None = None  # A, Eq. (10), (G,)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
-    formula = rewards.load_rewards(config.rewards)
-    if len(config.reward_weights) not in (0, len(config.rewards)):
-        raise SystemExit("--reward-weights: give one for each of --rewards, or none")
+    formula = load_rewards(config)
     rt = runtime.setup(config.seed)
     runtime.check_even(rt, "--prompts", config.prompts)
-    run = run_folder.RunFolder(config, rt, PANELS, FREE, tracker=config.tracker)
-    with runtime.main_first(rt):
-        path = config.data or tiny.dataset("train")
-    found = data.split(records.read(path, config.images, config.skip_bad), config.part)
-    policy, processor = shard.load(config, rt)
-    fast.enable(policy)  # delete this line and rr1/fast.py, and all still runs
+    run = run_folder.RunFolder(config, rt, PANELS, training.FREE, tracker=config.tracker)
+    found = training.load_records(config, rt)
+    policy, processor = training.load_model(config, rt)
     check = partial(check_record, config, processor, policy)
     found = data.usable(found, check, rt, run.out if config.skip_bad else None)
     reference = None
@@ -131,15 +112,16 @@ def main(argv: list[str] | None = None) -> None:
     if config.shard:
         for model in filter(None, (policy, reference)):
             shard.shard(model, rt)
-    optimizer = runtime.build_optimizer(policy, config.lr, config.weight_decay)
-    first = run.load(policy, optimizer)
-    if rt.is_main:
-        print(f"{vlm.count_parameters(policy)}; {len(found)} records from {path}")
-    load = partial(load_step, config, rt, processor, policy, found)
+    optimizer, first = training.begin(config, run, policy, found)
     score = partial(log_probabilities, config, rt, processor)
 
-    with runtime.Interrupt(rt) as interrupt:
-        batches = data.prefetch(load, range(first, config.steps), config.workers)
+    look = partial(training.held_out, config, rt, policy, processor, formula)
+    if config.eval_every and not first:
+        run.log(0, look(0), "now the training")
+
+    load = partial(load_step, config, rt, processor, policy, found)
+    batches = data.prefetch(load, range(first, config.steps), config.workers)
+    with runtime.Interrupt(rt) as interrupt, run.kept(policy, processor, optimizer):
         for step, (chosen, seeds, batch) in batches:
             means, timer = runtime.Means(), runtime.Timer()
 
@@ -190,14 +172,21 @@ def main(argv: list[str] | None = None) -> None:
 
             # 6. log
             measure(means, groups, R)
-            metrics = means.over_ranks(rt) | {"grad_norm": norm, "lr": rate, **timer.seconds}
-            sampled_tokens = metrics.pop("tokens") * config.prompts * config.group_size
-            metrics["tokens_per_second"] = sampled_tokens / metrics["seconds/rollout"]
+            metrics = means.over_ranks(rt) | look(step + 1) | timer.seconds
+            metrics |= {"grad_norm": norm, "lr": rate}
+            tokens = metrics.pop("tokens") * config.prompts * config.group_size
+            metrics["tokens_per_second"] = tokens / metrics["seconds/rollout"]
             run.log(step + 1, metrics, line(step + 1, config, metrics, timer))
             run.dump(step + 1, to_read(groups[:2]))
             run.end_step(step + 1, interrupt.requested, policy, processor, optimizer)
     run.finish(policy, processor)
     runtime.teardown(rt)
+
+
+def load_rewards(config: Config) -> dict[str, rewards.Reward]:
+    if len(config.reward_weights) not in (0, len(config.rewards)):
+        raise SystemExit("--reward-weights: give one for each of --rewards, or none")
+    return rewards.load_rewards(config.rewards)
 
 
 def check_record(config: Config, processor, policy, record: dict) -> None:
@@ -213,6 +202,12 @@ def load_prompts(config: Config, processor, policy, chosen: list[dict]) -> data.
     return batch
 
 
+def weighted_terms(groups: list[Group], config: Config) -> Tensor:
+    """(B, G, K): each response's K rewards, weighted; their sum is R."""
+    values = [[list(terms.values()) for terms in group.terms] for group in groups]
+    return torch.tensor(values, dtype=torch.float64) * torch.tensor(config.reward_weights or 1.0)
+
+
 def load_step(config, rt: runtime.Runtime, processor, policy, found: records.Records, step: int):
     """This process's share of a step: records, a seed for each, pictures and questions."""
     indices = data.batch_indices(len(found), config.prompts, step, config.seed)
@@ -222,16 +217,6 @@ def load_step(config, rt: runtime.Runtime, processor, policy, found: records.Rec
         chosen.append(record | {"length": data.true_length(record, processor)})
         seeds.append(data.seed_for(config.seed, step, place))
     return chosen, seeds, load_prompts(config, processor, policy, chosen)
-
-
-def weighted_terms(groups: list[Group], config: Config) -> Tensor:
-    """(B, G, K): each response's K rewards, weighted; their sum is R."""
-    values = [[list(terms.values()) for terms in group.terms] for group in groups]
-    return torch.tensor(values, dtype=torch.float64) * torch.tensor(config.reward_weights or 1.0)
-
-
-def to_text(r: rollout.Rollout, processor: vlm.Processor) -> rewards.Response:
-    return rewards.Response(processor.decode(r.ids), r.length, r.truncated)
 
 
 def log_probabilities(config, rt, processor, model, groups: list[Group], with_entropy=False):
@@ -271,6 +256,9 @@ def update(config, rt, policy, optimizer, rate, score, parts, reference_logps, m
             logps, mask, entropy = score(policy, part, with_entropy=True)  # (n G, L) each
             if len(old_logps) == k:  # the policy that sampled is still this one
                 old_logps.append(logps.detach())
+                gap = sampler_gap(part, logps.detach()) * mask  # (n G, L)
+                means.add("sampler_gap", gap, count=mask.sum())
+                means.add_largest("sampler_gap_max", gap.max())
             loss, sums = grpo.policy_loss(
                 logps,
                 old_logps[k],
@@ -292,23 +280,9 @@ def update(config, rt, policy, optimizer, rate, score, parts, reference_logps, m
             for name, total in sums.items():
                 means.add(name, total, count=tokens)
         norm = runtime.update(optimizer, rt, rate, config.max_grad_norm)
+        if not math.isfinite(norm):
+            break
     return norm
-
-
-def measure(means: runtime.Means, groups: list[Group], R: Tensor) -> None:
-    """Add what the responses are like. R (B, G)."""
-    spread = R.std(1, correction=0)  # (B,)
-    means.add("reward", R)
-    means.add("reward_std", spread)
-    means.add("zero_std", spread < 1e-6)
-    for group in groups:
-        for terms in group.terms:
-            for name, value in terms.items():
-                means.add(f"reward/{name}", value)
-        means.add("tokens", [len(r.ids) for r in group.rollouts])
-        means.add("length", [y.length for y in group.responses])
-        means.add("truncated", [y.truncated for y in group.responses])
-        means.add("well_formed", [is_well_formed(y) for y in group.responses])
 
 
 def line(step: int, config: Config, metrics: dict, timer: runtime.Timer) -> str:
@@ -322,24 +296,6 @@ def line(step: int, config: Config, metrics: dict, timer: runtime.Timer) -> str:
     )
 
 
-def to_read(groups: list[Group]) -> list[dict]:
-    """The groups' responses as rows of rollouts.jsonl."""
-    rows = []
-    for group in groups:
-        for i, y in enumerate(group.responses):
-            row = {
-                "id": group.record["id"],
-                "image": group.record["image"],
-                "truth": group.record["response"],
-                "response": y,
-                "reward": group.rewards[i],
-                **group.terms[i],
-                "advantage": group.advantages[i],
-                "truncated": y.truncated,
-            }
-            rows.append(row)
-    return rows
-
-
 if __name__ == "__main__":
-    main()
+    with records.one_line_errors():
+        main()

@@ -21,8 +21,10 @@ Differences from the paper:
     1. It fine-tunes one 7B model that both recovers and reasons; here the restorer is a network of
        its own, in pixels, with no recovery prompt.
     2. Stage I trains the velocity; the paper prints the loss of eps (--loss eps), which is the same
-       times (1 - t)^2, with t uniform (--shift 1). Here t begins near noise and ends uniform.
-    3. The paper gives no number of sampling steps, clip or KL weight.
+       times (1 - t)^2, with t uniform (--shift 1 --at-noise 0). Here half of the times are 1, where
+       the loss is a plain regression, and the others are near it: recoveries take few steps.
+    3. The paper gives no number of sampling steps, clip or KL weight. Here the number of steps of a
+       recovery is chosen at the end of a run, on pairs that were trained on.
 The equations are in rr1/u1/flow.py and docs/recover.md.
 """
 
@@ -40,8 +42,8 @@ from rr1.run_folder import RunFolder
 from rr1.runtime import opt
 from rr1.u1 import flow, pairs, rewards
 from rr1.u1.pairs import Photos, Scenes
-from rr1.u1.report import strip
-from rr1.u1.restorer import Restorer, noise, recover
+from rr1.u1.report import choose_sampler, strip
+from rr1.u1.restorer import SHIFT, Restorer, noise, recover
 
 
 @dataclass
@@ -50,35 +52,37 @@ class Config:
 
     # data
     data: str = opt("", "folder of clean photos; empty: the drawn world")
-    side: int | None = opt(None, "of the pictures, a multiple of 8; default: --model's, or 32")
+    side: int | None = opt(None, "of the pictures, a multiple of 8; default: --model's", low=16)
 
     # model and method
     model: str = opt("", "restorer to start from; empty: a new one, for grpo the shipped one")
     loss: str = opt("v", "sft: of the velocity, or of eps as printed", list(flow.LOSSES))
-    shift: float = opt(30.0, "sft: t -> s t / (1 + (s - 1) t); falls to 1 by the last step")
-    group_size: int = opt(8, "grpo: G, recoveries of each picture")
-    sampling_steps: int = opt(10, "grpo: steps of the sampler")
-    noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))")
+    shift: float = opt(30.0, "sft: times t -> s t / (1 + (s - 1) t), towards noise", low=0.01)
+    at_noise: float = opt(0.5, "sft: share of times that are 1: plain regression", high=1)
+    group_size: int = opt(8, "grpo: G, recoveries of each picture", low=2)
+    sampling_steps: int = opt(5, "grpo: steps of the sampler, at shifted times", low=2)
+    noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))", low=0.01)
     window: int = opt(4, "grpo: noise on this many steps in a row, drawn each rollout; 0: on all")
-    early: int = opt(5, "grpo: the window lies within the first this many")
-    encoder: str = opt(tiny.BASE, "grpo: of R_sem, a Qwen2.5-VL or a CLIP, folder or hub id")
+    early: int = opt(4, "grpo: the window lies within the first this many")
+    shuffle: bool = opt(False, "grpo: advantages change places, as a control")
+    encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
     reward_weights: list[float] = opt([rewards.PIX, rewards.SEM], "grpo: of R_pix and R_sem")
     clip: float = opt(1e-3, "grpo: of the ratio, its log-probabilities averaged over dimensions")
     beta: float = opt(0.004, "grpo: weight of the KL to the reference")
-    mu: int = opt(1, "grpo: optimizer steps on each rollout")
+    mu: int = opt(1, "grpo: optimizer steps on each rollout", low=1)
 
     # optimisation
-    steps: int | None = opt(None, "optimizer steps, or rollouts of grpo; default: 2400, grpo 80")
-    batch: int | None = opt(None, "pictures a step over all processes; default: 32, grpo 8")
+    steps: int | None = opt(None, "optimizer steps, grpo: rollouts; default: 2400, grpo 80", low=1)
+    batch: int | None = opt(None, "pictures a step over all processes; default: 32, 8", low=1)
     lr: float | None = opt(None, "peak learning rate; default: 2.5e-3, grpo 1e-4")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down follows")
     weight_decay: float = opt(0.01, "of AdamW, on matrices and kernels only")
-    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm")
+    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", low=1e-9)
     seed: int = opt(0, "of the weights' start, the order of pictures, their damage and all noise")
 
     # machine
     out: str = opt("", "the run's folder; default: runs/recover, grpo runs/recover-grpo")
-    save_every: int = opt(100, "steps between checkpoints, and between strips to look at")
+    save_every: int = opt(100, "steps between checkpoints, and between strips to look at", low=1)
     resume: bool = opt(False, "go on from the newest checkpoint in --out")
     tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
 
@@ -112,45 +116,48 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(config, name) in ("", None):
             setattr(config, name, value)
     rt = runtime.setup(config.seed)
-    if config.batch % rt.world_size:
-        raise SystemExit(
-            f"--batch {config.batch} cannot be shared out evenly to {rt.world_size} processes: "
-            f"give a multiple of {rt.world_size}"
-        )
+    runtime.check_even(rt, "--batch", config.batch)
+    if len(config.reward_weights) != 2:
+        raise SystemExit("--reward-weights: give two numbers, of R_pix and of R_sem")
+    if config.stage == "grpo":
+        draw_window(config, step=0)  # an error now where it does not fit
     torch.manual_seed(config.seed)  # the same weights on all processes
     model = Restorer.from_pretrained(config.model) if config.model else Restorer()
     config.side = config.side or model.config["side"]
     if config.side % 8:
         raise SystemExit(f"--side {config.side}: pictures are halved 3 times; give a multiple of 8")
     model.config["side"] = config.side
+    with runtime.main_first(rt):
+        source = pairs.load_source(config.data, config.side)
+    shown = pairs.held_out(source, 8)  # damaged, clean
+    encoder = rewards.load_encoder(config.encoder, rt.device)
     free = {"save_every", "tracker"}
     run = RunFolder(config, rt, PANELS, free=free, tracker=config.tracker)
 
     model = model.to(rt.device)
     optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
-    with runtime.main_first(rt):
-        source = pairs.load_source(config.data, config.side)
-    shown = pairs.held_out(source, 8)  # damaged, clean
     if config.stage == "sft":
         take_step = partial(fine_tune, config, rt, model, optimizer)
     else:
         reference = copy.deepcopy(model).requires_grad_(False)
-        encoder = rewards.load_encoder(config.encoder, rt.device)
         take_step = partial(reinforce, config, rt, model, optimizer, reference, encoder)
     first = run.load(model, optimizer)
 
     load = partial(load_pairs, config, rt, source)
-    with runtime.Interrupt(rt) as interrupt:
+    with runtime.Interrupt(rt) as interrupt, run.kept(model, None, optimizer):
         for step, batch in data.prefetch(load, range(first, config.steps)):
             metrics = take_step(step, *batch)
             step += 1
             said = [f"{name} {metrics[name]:.4g}" for name in SAID if name in metrics]
             run.log(step, metrics, f"step {step:4d}/{config.steps}  {'  '.join(said)}")
-            if rt.is_main and (step % config.save_every == 0 or step == config.steps):
+            if rt.is_main and run.is_due(step):
                 damaged, clean = shown
-                picture = strip(damaged, recover(model, damaged, steps=10).cpu(), clean)
+                picture = strip(damaged, recover(model, damaged).cpu(), clean)
                 files.write_bytes(run.out / "strip.png", picture)
             run.end_step(step, interrupt.requested, model, None, optimizer)
+    if rt.is_main:
+        choose_sampler(model, source, encoder)
+        print(f"chosen on pairs to train on: {model.config}")
     run.finish(model, None)
     runtime.teardown(rt)
 
@@ -163,6 +170,12 @@ def load_pairs(
     indices = data.batch_indices(len(source), config.batch, step, config.seed)
     seeds = [data.seed_for(config.seed, step, place) for place in places]
     return seeds, *pairs.load_pairs(source, [indices[place] for place in places], seeds)
+
+
+def draw_window(config: Config, step: int) -> range:
+    """The sampler's steps that carry noise in this rollout."""
+    generator = torch.Generator().manual_seed(data.seed_for(config.seed, step))
+    return flow.noisy_steps(config.sampling_steps, config.window, config.early, generator)
 
 
 def velocity_of(network: Restorer, z_c: Tensor, rt: runtime.Runtime) -> flow.Velocity:
@@ -194,9 +207,11 @@ def fine_tune(
 
     # 2. noise, at a time for each picture
     eps = noise(seeds, z_0.shape[1:]).to(rt.device)
-    shift = config.shift ** (1 - step / config.steps)
-    generators = [torch.Generator().manual_seed(seed + 1) for seed in seeds]
-    t = torch.cat([flow.sample_t(1, g, shift) for g in generators]).to(rt.device)  # (n,)
+    times = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed + 1)
+        times.append(flow.sample_t(generator, config.shift, config.at_noise))
+    t = torch.cat(times).to(rt.device)  # (n,)
     z_t = flow.interpolate(z_0, eps, t)
 
     # 3. update
@@ -226,7 +241,7 @@ def reinforce(
     timer, means = runtime.Timer(), runtime.Means()
     G, a = config.group_size, config.noise
     N = config.batch * G  # paths of this step, over all processes
-    grid = flow.time_grid(config.sampling_steps)
+    grid = flow.time_grid(config.sampling_steps, SHIFT)
 
     # 1. roll out: G paths from each damaged picture
     z_c = (2 * damaged.to(rt.device) - 1).repeat_interleave(G, 0)  # (n, 3, side, side)
@@ -236,8 +251,7 @@ def reinforce(
         groups = [torch.randn(G, *z_c.shape[1:], generator=g) for g in generators]
         return torch.cat(groups).to(rt.device)  # (n, 3, side, side)
 
-    window = torch.Generator().manual_seed(data.seed_for(config.seed, step))
-    ks = flow.noisy_steps(config.sampling_steps, config.window, config.early, window)
+    ks = draw_window(config, step)
     velocity = velocity_of(model, z_c, rt)
     path = flow.sample_sde(velocity, fresh(), grid, ks, fresh, a)
     timer.lap("rollout")
@@ -256,6 +270,8 @@ def reinforce(
 
     # 3. advantage
     A = grpo.group_advantages(R).flatten()  # (n,)
+    if config.shuffle:
+        A = A[torch.randperm(len(A), generator=generators[0])]
 
     # 4. score the same steps under the reference
     with torch.no_grad():

@@ -32,24 +32,17 @@ from functools import partial
 
 from torch import Tensor
 
-from rr1 import data, fast, records, run_folder, runtime, shard, tiny, vlm
+from rr1 import data, records, rewards, run_folder, runtime, shard, tiny, training, vlm
 from rr1.runtime import opt
 
 
 @dataclass
-class Config:
+class Config(training.Options):
     # data
-    data: str = opt("", "file of JSON lines; empty: the drawn world, written on first use")
-    images: str = opt("", "folder that image paths are relative to; empty: the data file's own")
     part: str = opt(
         "sft", "the paper's 25 % for SFT, its 75 % for RL, or all", ["sft", "rl", "all"]
     )
     plain: bool = opt(False, "no chains: a question and its answer (Table 3, w/o Reasoning)")
-    skip_bad: bool = opt(False, "leave out, and list in --out, records that cannot be used")
-    max_image_tokens: int = opt(0, "a record whose pictures take more tokens is bad; 0: no limit")
-    min_pixels: int = opt(0, "enlarge smaller pictures to this; 0: as the checkpoint says")
-    max_pixels: int = opt(0, "reduce larger pictures to this; 0: as the checkpoint says")
-    workers: int = opt(0, "processes that read pictures ahead, in each process; 0: a thread")
     # optimisation
     model: str = opt(tiny.BASE, "checkpoint folder or hub id to start from")
     steps: int = opt(
@@ -59,24 +52,18 @@ class Config:
     lr: float = opt(2e-3, "peak learning rate (1e-5 is usual for the 3B model)")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down to a tenth follows")
     weight_decay: float = opt(0.01, "of AdamW, on matrices only")
-    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", low=1e-9)
     # machine
-    micro_batch: int = opt(8, "records a forward and backward pass, in each process", low=1)
-    gradient_checkpointing: bool = opt(False, "recompute activations: slower, much less memory")
-    shard: bool = opt(False, "spread weights, gradients and optimizer state: docs/gpus.md")
     out: str = opt("runs/sft", "the run's folder")
     seed: int = opt(0, "fixes the order of the records and everything random")
     save_every: int = opt(100, "steps between checkpoints")
-    resume: bool = opt(False, "go on from the newest checkpoint in --out")
-    tracker: str | None = opt(None, "report to this too", ["wandb", "tensorboard"])
 
 
-FREE = {"save_every", "workers", "tracker", "shard"}  # may differ when a run goes on
 PANELS = {
     "loss": ["loss"],
     "gradient norm": ["grad_norm"],
     "learning rate": ["lr"],
     "tokens per second": ["tokens_per_second"],
+    **training.PANELS,
 }
 
 
@@ -93,25 +80,23 @@ def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
     rt = runtime.setup(config.seed)
     runtime.check_even(rt, "--batch", config.batch)
-    run = run_folder.RunFolder(config, rt, PANELS, FREE, tracker=config.tracker)
-    with runtime.main_first(rt):
-        path = config.data or tiny.dataset("train")
-    found = data.split(records.read(path, config.images, config.skip_bad), config.part)
-    model, processor = shard.load(config, rt)
-    fast.enable(model)  # delete this line and rr1/fast.py, and all still runs
+    run = run_folder.RunFolder(config, rt, PANELS, training.FREE, tracker=config.tracker)
+    found = training.load_records(config, rt)
+    model, processor = training.load_model(config, rt)
     check = partial(check_record, config, processor, model)
     found = data.usable(found, check, rt, run.out if config.skip_bad else None)
     model.model.language_model.train()  # the frozen tower has nothing to compute again
     if config.shard:
         shard.shard(model, rt)
-    optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
-    first = run.load(model, optimizer)
-    if rt.is_main:
-        print(f"{vlm.count_parameters(model)}; {len(found)} records from {path}")
+    optimizer, first = training.begin(config, run, model, found)
 
     load = partial(load_step, config, rt, processor, model, found)
     batches = data.prefetch(load, range(first, config.steps), config.workers)
-    with runtime.Interrupt(rt) as interrupt:
+    look = partial(training.held_out, config, rt, model, processor)
+    terms = rewards.load_rewards(["deg", "len"])
+    if config.eval_every and not first:
+        run.log(0, look(terms, 0), "now the training")
+    with runtime.Interrupt(rt) as interrupt, run.kept(model, processor, optimizer):
         for step, (batch, responses) in batches:
             timer = runtime.Timer()
             count = {"tokens": sum(len(response) for response in responses)}
@@ -145,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"step {step + 1:4d}/{config.steps}  loss {metrics['loss']:.4f}  grad {norm:.2f}  "
                 f"lr {rate:.1e}  {tokens / seconds:.0f} tokens/s"
             )
-            run.log(step + 1, metrics, line)
+            run.log(step + 1, metrics | look(terms, step + 1), line)
             run.end_step(step + 1, interrupt.requested, model, processor, optimizer)
     run.finish(model, processor)
     runtime.teardown(rt)
@@ -183,4 +168,5 @@ def micro_batches(batch: data.Batch, responses: list[list[int]], size: int) -> l
 
 
 if __name__ == "__main__":
-    main()
+    with records.one_line_errors():
+        main()

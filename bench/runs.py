@@ -9,70 +9,60 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from rr1 import files
 from rr1.evaluation import metrics
+from rr1.files import read_lines, same_settings, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def begin(config, free: set[str]) -> Path:
-    """Make config.out, or go on with it; SystemExit if it was begun with other settings, but for
-    those in `free`."""
+    """Make config.out, or go on with it; SystemExit if it was begun with another configuration.
+    The fields in `free` may differ."""
     out = Path(config.out)
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
-    files.same_settings(out / "config.json", settings)
+    same_settings(out / "config.json", asdict(config), free)
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "config.json", settings)
+    write_json(out / "config.json", asdict(config))
     return out
 
 
 def train(config, tasks: dict[str, list], steps: int | None = None) -> None:
     """Train what is not finished yet; each run goes into a folder of its name."""
-    folders = {name: Path(config.out) / name for name in tasks}
-    todo = {name: command for name, command in tasks.items() if not finished(folders[name], steps)}
-    run_all(
-        config,
-        {name: [*command, "--out", folders[name], "--resume"] for name, command in todo.items()},
-    )
+    unfinished = {}
+    for name, command in tasks.items():
+        folder = Path(config.out) / name
+        if not finished(folder, steps):
+            unfinished[name] = [*command, "--out", folder, "--resume"]
+    run_all(config, unfinished)
 
 
 def run_all(config, tasks: dict[str, list]) -> None:
-    """Run scripts, config.jobs at a time, each in config.processes processes (1 where there is
-    no such field); what they print goes to NAME.log in config.out. The first that fails ends
-    it with its last lines."""
-    jobs, processes = config.jobs, getattr(config, "processes", 1)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    threads = max(1, cores // (jobs * processes))
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-
-    def run(task: tuple[str, list]) -> None:
-        name, (script, *options) = task
-        log = Path(config.out) / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{name}: {script} runs, see {log}", flush=True)
-        command = [sys.executable, *(several if processes > 1 else []), ROOT / script, *options]
-        command = [str(part) for part in command]
-        with open(log, "ab") as file:
-            done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode:
-            end = log.read_text(errors="replace")[-2000:]
-            raise SystemExit(
-                f"{name} failed with status {done.returncode}; the end of {log}:\n{end}"
-            )
-        print(f"{name}: done", flush=True)
-
-    with ThreadPoolExecutor(jobs) as pool:
+    """Run scripts, config.jobs at a time; what they print goes to NAME.log in config.out. The
+    first that fails ends it with its last lines."""
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    run = partial(run_one, Path(config.out), os.environ | environment)
+    with ThreadPoolExecutor(config.jobs) as pool:
         list(pool.map(run, tasks.items()))  # the first error cancels what has not begun
 
 
+def run_one(out: Path, environment: dict[str, str], task: tuple[str, list]) -> None:
+    name, (script, *options) = task
+    log = out / f"{name}.log"
+    print(f"{name}: {script} runs, see {log}", flush=True)
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    with open(log, "ab") as file:
+        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        end = log.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{name} failed with status {done.returncode}; the end of {log}:\n{end}")
+    print(f"{name}: done", flush=True)
+
+
 def finished(folder: Path, steps: int | None) -> bool:
-    """Whether this run is complete; an error where it was asked for with another number of
-    steps."""
+    """Whether this run is complete; SystemExit if it was one of another number of steps."""
     if not (folder / "model" / "config.json").exists():
         return False
     was = json.loads((folder / "config.json").read_text())["steps"]
@@ -85,10 +75,10 @@ def finished(folder: Path, steps: int | None) -> bool:
 
 def seconds(folder: Path) -> list[float]:
     """What each step of a run took."""
-    rows = files.read_lines(folder / "metrics.jsonl")
-    return [
-        sum(value for name, value in row.items() if name.split("/")[0] == "seconds") for row in rows
-    ]
+    steps = []
+    for row in read_lines(folder / "metrics.jsonl"):
+        steps.append(sum(value for name, value in row.items() if name.startswith("seconds")))
+    return steps
 
 
 def steps_in(total: float, probe: Path, warm: int = 2) -> int:
@@ -99,7 +89,7 @@ def steps_in(total: float, probe: Path, warm: int = 2) -> int:
 
 def read_rows(path: Path) -> list[dict]:
     """Judged predictions on damaged pictures."""
-    return metrics.damaged([metrics.judge(row) for row in files.read_lines(path)])
+    return metrics.damaged([metrics.judge(row) for row in read_lines(path)])
 
 
 def same_records(mode: str, models: dict[str, list[dict]], first: str) -> None:
@@ -108,6 +98,6 @@ def same_records(mode: str, models: dict[str, list[dict]], first: str) -> None:
     for name, answered in models.items():
         if [row["key"] for row in answered] != keys:
             raise SystemExit(
-                f"{mode}: {name} and {first} did not answer the same records; "
-                f"delete {mode}/ and run again"
+                f"{mode}: {name} and {first} did not answer the same records; delete {mode}/ and "
+                "run again"
             )

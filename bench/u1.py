@@ -3,15 +3,17 @@
     python bench/u1.py --jobs 2                                   # both parts -> runs/u1
     python bench/u1.py --parts recover --seeds 0 --n 64 --grpo="--steps 20"   # a quick look
 
-recover   Does Flow-GRPO help, and more than the same time of more fine-tuning? For each seed:
-          Flow-GRPO by train_recover.py (grpo-SEED), and the control, stage I for as many steps as
-          fit into those seconds (control-SEED; probe-SEED times a few steps first). All recover
-          the same held-out damaged scenes from the same noise. A judge that is in no reward and
-          never saw a damaged picture says which things it sees.
+recover   What brings the clean picture back? Stage I as it is by default, by other laws of t for
+          as many steps (LAWS: plain regression alone, no regression, the paper's own); and for
+          each seed Flow-GRPO, the same with shuffled advantages, and stage I for as many more
+          steps as fit into those seconds (probe-SEED times a few first). All recover the same
+          held-out damaged scenes from the same noise, with the steps that were chosen for them
+          on training scenes, and with 40. A judge that is in no reward says what it sees.
 reason    Does a recovered picture help to answer, and more than words about the damage? Stage III:
           one base, one number of steps, the same quarter of the training records; what differs is
           which pictures are shown (ROWS) and whether a chain is asked for. All answer the held-out
-          damaged scenes, greedy.
+          damaged scenes, greedy. Where only a question is asked, the base also chooses by the
+          logits over both pictures, added.
 
 Differences are paired; intervals are 95 %, over pictures or records: what another seed of training
 would change is not in them. What a run that was cut off has finished stays.
@@ -22,56 +24,57 @@ from __future__ import annotations
 import shlex
 import statistics
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from judge import read_right, things, trained_judge
+from torch import Tensor
 
-from rr1 import data, files, runtime, tiny
+from rr1 import data, files, records, runtime, tiny, vlm
 from rr1.evaluation import metrics
 from rr1.evaluation.statistics import cell, interval, markdown, paired_difference
 from rr1.runtime import opt
-from rr1.tiny import world
+from rr1.tiny import scenes, world
 from rr1.u1 import __main__ as data_set
 from rr1.u1 import pairs, report, rewards
 from rr1.u1.restorer import Restorer, recover, to_tensor
 from runs import begin, read_rows, run_all, same_records, seconds, train
 
 CONTROL_LR = 6e-4  # a quarter of stage I's: this is a second round, from the first one's end
+LEVELS = [name for name in metrics.LEVELS if name != "none"]
 LARGE_LR = 1e-3  # of the second round at the scenes' own side
+LAWS = {
+    "regression": ["--at-noise", 1],
+    "no-regression": ["--at-noise", 0],
+    "paper": ["--at-noise", 0, "--shift", 1],
+}
 MEASURES = report.TITLES | {"reward": "R", "read": "read right"}
 
-KINDS = list(product(world.SHAPES, world.COLORS))
-JUDGE = [(3, 24, 2), (24, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1)]
-
-# name -> title, pictures shown (c damaged, r recovered, x clean), model or the run that trains it
+# name -> title, pictures shown (c damaged, r recovered, x clean), what trains its model ("": base)
 ROWS = {
-    "base": ("base", "c", tiny.BASE),
-    "base-r": ("base on I_r", "r", tiny.BASE),
-    "base-x": ("base on X", "x", tiny.BASE),
-    "chain": ("chain (Robust-R1)", "c", tiny.SFT),
-    "grpo": ("chain + GRPO", "c", tiny.GRPO),
-    "twice": ("twice", "cc", "twice"),
-    "recovered": ("recovered (stage 3)", "cr", "recovered"),
-    "ceiling": ("ceiling", "cx", "recovered"),
+    "base": ("the question: I_c", "c", ""),
+    "base-r": ("the question: I_r", "r", ""),
+    "base-x": ("the question: X", "x", ""),
+    "both": ("the question: I_c, I_r", "cr", "both"),
+    "chain": ("a chain: I_c", "c", "chain"),
+    "chain-twice": ("a chain: I_c, I_c", "cc", "chain-twice"),
+    "chain-both": ("a chain: I_c, I_r", "cr", "chain-both"),
+    "chain-x": ("a chain: I_c, X", "cx", "chain-both"),
 }
-TRAINED = {"twice": "cc", "recovered": "cr"}
-PLAIN = ("base", "base-r", "base-x")
-PICTURES = {"c": "I_c", "r": "I_r", "x": "X"}
+SUM = "the question: logits of I_c and I_r added"
+TRAINED = {"both": "cr", "chain": "c", "chain-twice": "cc", "chain-both": "cr"}
 
 
 @dataclass
 class Config:
     parts: list[str] = opt(["recover", "reason"], "tables to make", ["recover", "reason"])
     model: str = opt(tiny.RESTORER, "recover: the restorer after stage I that all start from")
-    seeds: list[int] = opt([0, 1, 2], "recover: one Flow-GRPO run and one control each")
+    seeds: list[int] = opt([0, 1, 2], "of Flow-GRPO and its controls; of the fine-tunings")
     grpo: str = opt("", 'recover: more options for train_recover.py, as --grpo="--lr 1e-5"')
-    n: int = opt(512, "recover: held-out damaged scenes")
-    steps: int = opt(40, "recover: Euler steps")
+    sft: str = opt("", "recover: the same, for stage I")
+    n: int = opt(512, "recover: held-out damaged scenes", low=1)
     limit: int = opt(0, "reason: answer this many records only; 0: all")
-    seed: int = opt(0, "reason: of the fine-tunings and of the noise that recovery starts from")
     jobs: int = opt(1, "processes at a time; they share the cores")
     out: str = opt("runs/u1", "folder for all runs, scores and the report")
 
@@ -91,62 +94,74 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare_recoveries(config: Config, out: Path) -> str:
-    # 1. train: Flow-GRPO, then the control for as long
     side = Restorer.from_pretrained(config.model).config["side"]
     pairs.load_source("", side)  # drawn once, before several runs ask for it
+
+    # 1. train: other laws of t, Flow-GRPO, and its controls
+    sft = ["train_recover.py", *shlex.split(config.sft)]
+    more = [*sft, "--model", config.model, "--lr", CONTROL_LR]
     grpo = ["train_recover.py", "--stage", "grpo", "--model", config.model]
     grpo += shlex.split(config.grpo)
-    sft = ["train_recover.py", "--model", config.model, "--lr", CONTROL_LR]
-    train(config, {f"grpo-{s}": [*grpo, "--seed", s] for s in config.seeds})
-    train(config, {f"probe-{s}": [*sft, "--seed", s, "--steps", 12] for s in config.seeds})
-    tasks = {}
+    tasks = {name: [*sft, *law] for name, law in LAWS.items()}
     for s in config.seeds:
-        tasks[f"control-{s}"] = [*sft, "--seed", s, "--steps", control_steps(out, s)]
+        tasks[f"stage-2-{s}"] = [*grpo, "--seed", s]
+        tasks[f"shuffled-{s}"] = [*grpo, "--seed", s, "--shuffle"]
+        tasks[f"probe-{s}"] = [*more, "--seed", s, "--steps", 12]
     train(config, tasks)
+    controls = {}
+    for s in config.seeds:
+        controls[f"more-{s}"] = [*more, "--seed", s, "--steps", control_steps(out, s)]
+    train(config, controls)
 
-    # 2. recover the held-out scenes, and score
+    # 2. recover the held-out scenes
     damaged, clean, truth = held_out(config.n, side)
+    seeds = [data.seed_for(0, i) for i in range(len(damaged))]
+    stage_1 = Restorer.from_pretrained(config.model)
+    shown = {
+        "damaged": damaged,
+        "clean": clean,
+        "stage I": recover(stage_1, damaged, seeds),
+        "one recovery": recover(stage_1, damaged, seeds, recoveries=1),
+        "no gate": recover(stage_1, damaged, seeds, gate=0.0),
+        "40 steps": recover(stage_1, damaged, seeds, steps=40),
+    }
+    for name in [*tasks, *controls]:
+        if not name.startswith("probe"):
+            model = Restorer.from_pretrained(out / name / "model")
+            title = f"{name} ({model.config['steps']} steps)"
+            shown[title] = recover(model, damaged, seeds)
+            shown[f"{name}, 40 steps"] = recover(model, damaged, seeds, steps=40)
+
+    # 3. score
     encoder = rewards.load_encoder(tiny.BASE)
     judge = trained_judge(side)
-    models = {"stage I": config.model}
-    for s in config.seeds:
-        models[f"stage II, seed {s}"] = str(out / f"grpo-{s}" / "model")
-        models[f"more stage I, seed {s}"] = str(out / f"control-{s}" / "model")
-    shown = {"damaged": damaged, "clean": clean}
-    for name, folder in models.items():
-        print(f"{name}: recovers {len(damaged)} pictures", flush=True)
-        model = Restorer.from_pretrained(folder).eval()
-        seeds = [data.seed_for(0, i) for i in range(len(damaged))]
-        shown[name] = recover(model, damaged, config.steps, seeds)
     scores = {}
     for name, pictures in shown.items():
         found = report.measure(pictures, clean, encoder)
-        found["reward"] = rewards.PIX * found["ssim"] + rewards.SEM * found["r_sem"]
+        found["reward"] = report.earned(found)
         found["read"] = read_right(judge, pictures, truth)
         scores[name] = found
-
-    # 3. compare
     return recovery_table(scores)
 
 
 def control_steps(out: Path, seed: int) -> int:
     """Steps of stage I that take as long as the Flow-GRPO run's steps did."""
     a_step = statistics.median(seconds(out / f"probe-{seed}")[2:])  # the first ones are slower
-    return max(1, round(sum(seconds(out / f"grpo-{seed}")) / a_step))
+    return max(1, round(sum(seconds(out / f"stage-2-{seed}")) / a_step))
 
 
 def held_out(n: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first n held-out scenes that are damaged: damaged, clean, and the things in them."""
-    source, found, scenes = pairs.Scenes(side, seed=1), [], []
+    source, found, drawn = pairs.Scenes(side, seed=1), [], []
     index = 0
     while len(found) < n:
         _, degradations, _ = world.undamaged(index, 1)
         if degradations:
             found.append(source.pair(index))
-            scenes.append(world.sample_scene(np.random.default_rng([1, index])))
+            drawn.append(world.sample_scene(np.random.default_rng([1, index])))
         index += 1
     damaged, clean = zip(*found)
-    return to_tensor(damaged), to_tensor(clean), things(scenes)
+    return to_tensor(damaged), to_tensor(clean), things(drawn)
 
 
 def recovery_table(scores: dict[str, report.Scores]) -> str:
@@ -169,95 +184,68 @@ def recovery_table(scores: dict[str, report.Scores]) -> str:
     )
 
 
-def new_judge() -> nn.Module:
-    """Pictures (N, 3, side, side) -> logits (N, KINDS + 1, 2, 2) for the four quarters."""
-    layers = []
-    for inputs, outputs, stride in JUDGE:
-        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
-        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(2), nn.Conv2d(96, len(KINDS) + 1, 1))
-
-
-def things(scenes: list[world.Scene]) -> Tensor:
-    """Which of KINDS is in each quarter, (N, 2, 2); len(KINDS): none."""
-    found = torch.full((len(scenes), 4), len(KINDS))
-    for i, scene in enumerate(scenes):
-        for thing in scene.things:
-            found[i, world.PLACES.index(thing.place)] = KINDS.index((thing.shape, thing.color))
-    return found.view(-1, 2, 2)
-
-
-def trained_judge(
-    side: int,
-    steps: int = 800,
-    batch: int = 32,
-) -> nn.Module:
-    """Taught on clean scenes that are in no data set."""
-    judge = new_judge()
-
-    def load(step: int) -> tuple[Tensor, Tensor]:
-        rng, scenes, images = np.random.default_rng([7, step]), [], []
-        for _ in range(batch):
-            scenes.append(world.sample_scene(rng))
-            images.append(pairs.resize(world.draw(scenes[-1], rng), side, side))
-        return to_tensor(images), things(scenes)
-
-    optimizer = runtime.build_optimizer(judge, 3e-3, 0.01)
-    for step, (images, truth) in data.prefetch(load, range(steps)):
-        nn.functional.cross_entropy(judge(images), truth).backward()
-        rate = 3e-3 * runtime.cosine_with_warmup(step, steps, 20, floor=0.02)
-        runtime.update(optimizer, runtime.Runtime(), rate, max_grad_norm=10.0)
-    return judge.eval()
-
-
-@torch.no_grad()
-def read_right(
-    judge: nn.Module,
-    pictures: Tensor,
-    truth: Tensor,
-) -> np.ndarray:
-    """The share of each picture's things whose shape and colour are read right, (N,)."""
-    read = judge(pictures.clamp(0, 1)).argmax(1)  # (N, 2, 2)
-    there = truth < len(KINDS)
-    right = (read == truth) & there
-    return (right.sum((1, 2)) / there.sum((1, 2))).numpy()
-
-
 # ---------------------------------------------------------------- reason
 
 
 def compare_answers(config: Config, out: Path) -> str:
     # 1. recover the pictures, and write the records that show them
     tiny.dataset("train")
-    large = ["train_recover.py", "--model", tiny.RESTORER, "--side", world.SIDE]
-    large += ["--lr", LARGE_LR, "--steps", 1000, "--seed", config.seed]
-    train(config, {"restorer": large})
-    model = out / "restorer" / "model"
+    large = ["train_recover.py", "--model", tiny.RESTORER, "--side", scenes.SIDE]
+    train(config, {"restorer": [*large, "--lr", LARGE_LR, "--steps", 1000]})
     for part, split in (("sft", "train"), ("all", "test")):
-        ask = f"--model {model} --steps 10 --seed {config.seed} --part {part}"
-        ask += f" --data {tiny.dataset(split)} --out {out / 'pairs' / split}"
-        data_set.main(ask.split())
+        ask = f"--model {out}/restorer/model --part {part} --data {tiny.dataset(split)}"
+        data_set.main(f"{ask} --out {out}/pairs/{split}".split())
 
-    # 2. train
+    # 2. train: what is shown differs, and whether a chain is asked for
     tasks = {}
-    for name, kind in TRAINED.items():
-        records = write_shown(out, "train", kind)
-        tasks[name] = ["train_sft.py", "--data", records, "--part", "all", "--seed", config.seed]
+    for seed in config.seeds:
+        for name, kind in TRAINED.items():
+            ask = ["train_sft.py", "--data", write_shown(out, "train", kind), "--part", "all"]
+            ask += ["--seed", seed]
+            tasks[f"{name}-{seed}"] = ask if name.startswith("chain") else [*ask, "--plain"]
     train(config, tasks)
 
-    # 3. answer the held-out records
+    # 3. answer the held-out records, and compare
+    tables = []
+    for seed in config.seeds:
+        folders = {name: out / f"{model}-{seed}" / "model" for name, (_, _, model) in ROWS.items()}
+        rows = answers(config, out / f"eval-{seed}", folders)
+        tables.append(f"Seed {seed}:\n\n{answer_tables(rows)}")
+    return "\n\n".join(tables)
+
+
+def answers(config: Config, out: Path, folders: dict[str, Path]) -> dict[str, list[dict]]:
+    """Each row's judged answers to the held-out records."""
     tasks = {}
     for name, (_, kind, model) in ROWS.items():
-        folder = out / model / "model" if model in TRAINED else model
-        ask = ["evaluate.py", "--data", write_shown(out, "test", kind), "--no-table-2"]
-        ask += ["--models", f"{name}={folder}", "--out", out / "eval" / name]
-        ask += ["--limit", config.limit]
-        tasks[f"eval-{name}"] = [*ask, "--plain", name] if name in PLAIN else ask
+        shown = write_shown(Path(config.out), "test", kind)
+        ask = ["evaluate.py", "--data", shown, "--limit", config.limit, "--out", out / name]
+        ask += ["--models", f"{name}={folders[name] if model else tiny.BASE}", "--no-table-2"]
+        plain = [] if name.startswith("chain") else ["--plain", name]
+        tasks[f"{out.name}-{name}"] = [*ask, *plain]
     run_all(config, tasks)
+    rows = {name: read_rows(out / name / name / "predictions.jsonl") for name in ROWS}
+    rows["sum"] = added_logits(rows["base"], Path(config.out))
+    return rows
 
-    # 4. compare
-    paths = {name: out / "eval" / name / name / "predictions.jsonl" for name in ROWS}
-    return answer_tables({name: read_rows(path) for name, path in paths.items()})
+
+@torch.no_grad()
+def added_logits(rows: list[dict], out: Path) -> list[dict]:
+    """The base's choices again: the option that is likeliest over I_c and I_r together."""
+    model, processor = vlm.load(tiny.BASE)
+    shown = [records.read(write_shown(out, "test", kind)) for kind in "cr"]
+    chosen = []
+    for row in rows:
+        if row["form"] == "choice":
+            options = [processor.response_ids(option) for option in row["choices"]]
+            total = torch.zeros(len(options))
+            for found in shown:
+                batch = data.load_batch([found[int(row["key"])]], processor, plain=True)
+                logps, mask, _ = vlm.group_logps(model, data.encode(model, batch), [options])
+                total += (logps * mask).sum(1)
+            row = metrics.judge(row | {"response": row["choices"][int(total.argmax())]})
+        chosen.append(row)
+    return chosen
 
 
 def write_shown(
@@ -282,24 +270,25 @@ def write_shown(
 
 
 def answer_tables(rows: dict[str, list[dict]]) -> str:
-    """{name: judged rows on damaged pictures} -> what is right, and the same less `chain`."""
-    same_records("greedy", rows, "chain")
-    asked = [("choice", level) for level in metrics.LEVELS]
+    """{name: judged rows on damaged pictures} -> what is right, and the same less the base's I_c
+    for a question alone, less the chain's for a chain."""
+    same_records("greedy", rows, "base")
+    asked = [("choice", level) for level in LEVELS]
     asked += [("choice", None), ("open", None), ("caption", None)]
     titles = [f"{form}, {level or 'all'}" for form, level in asked]
-    chain = [rows_of(rows["chain"], *question) for question in asked]
     now, less = [], []
-    for name, (title, kind, _) in ROWS.items():
-        title = f"{title}: {', '.join(PICTURES[letter] for letter in kind)}"
-        mine = [rows_of(rows[name], *question) for question in asked]
-        now.append([title, *(cell(metrics.share(found)) for found in mine)])
-        less.append([title, *map(paired, mine, chain)])
+    for name, found in rows.items():
+        title = ROWS[name][0] if name in ROWS else SUM
+        first = "chain" if name.startswith("chain") else "base"
+        mine = [rows_of(found, *question) for question in asked]
+        before = [rows_of(rows[first], *question) for question in asked]
+        now.append([title, *(cell(metrics.share(part)) for part in mine)])
+        less.append([title, *map(paired, mine, before)])
     return (
-        f"{len(rows['chain'])} held-out damaged scenes, greedy. Share right (captions: F1 of "
-        "phrases) [95 % interval] n; low, mid, high: total intensity below 0.5, below 1, above.\n\n"
-        f"{markdown(['', *titles], now)}\n\n"
-        "Each less `chain`, paired by record; **bold** where the interval is clear of 0.\n\n"
-        f"{markdown(['', *titles], less)}"
+        f"{len(rows['base'])} held-out damaged scenes, greedy. Share right (captions: F1 of "
+        f"phrases) [95 % interval] n.\n\n{markdown(['', *titles], now)}\n\n"
+        "Each less the same with I_c alone, paired by record; **bold** where the interval is clear "
+        f"of 0.\n\n{markdown(['', *titles], less)}"
     )
 
 

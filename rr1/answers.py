@@ -1,4 +1,4 @@
-"""Which of some choices an answer means: by index, by letter, by text, or by label and text."""
+"""A short answer: which of some choices it means, and what is right where no chain is asked for."""
 
 from collections.abc import Sequence
 from string import ascii_lowercase
@@ -24,3 +24,14 @@ def plain(text: str | int) -> str:
     for mark in ".,:;!?()":
         text = text.replace(mark, " ")
     return " ".join(text.split())
+
+
+def short_answer(record: dict) -> str | None:
+    """What is right where no chain is asked for: the answer, of a caption the caption.
+
+    None where the data do not say.
+    """
+    if record.get("form") == "caption" and "benchmark" not in record:
+        return record.get("caption") or record["chain"].conclusion
+    answer = record["answer"]
+    return None if answer is None else str(answer)

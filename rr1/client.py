@@ -133,7 +133,7 @@ class ChatClient:
             if self.stopped.is_set():
                 raise Stop(self.why) from None
             raise NoAnswer(self._without_key(f"{error} ({error.__cause__})")) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     def _meaning(self, error: Any) -> Exception:

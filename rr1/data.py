@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rr1 import runtime
+from rr1.answers import short_answer
 from rr1.chain import build_prompt
 from rr1.files import write_json
 from rr1.records import DataError, Records, image_paths, named, open_image
@@ -39,8 +40,8 @@ def split(records: Records, part: str) -> Records:
 
 def part_of(id: str) -> str:
     """`sft` or `rl`, by a hash: a record never changes sides when others come or go."""
-    digest = hashlib.sha256(f"0:{id}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
+    digest = hashlib.sha256(f"0:{id}".encode()).hexdigest()
+    share = int(digest[:16], 16) / 2**64  # uniform in [0, 1)
     return "sft" if share < SFT_SHARE else "rl"
 
 
@@ -127,27 +128,17 @@ def usable(
     return records.only([i for i in range(len(records)) if str(i) not in skipped["records"]])
 
 
-def short_answer(record: dict) -> str | None:
-    """What is right where no chain is asked for: the answer, of a caption the caption.
-
-    None where the data do not say.
-    """
-    if record.get("form") == "caption" and "benchmark" not in record:
-        return record.get("caption") or record["chain"].conclusion
-    return None if record["answer"] is None else str(record["answer"])
-
-
 def response_ids(record: dict, processor: Processor, plain: bool = False) -> list[int]:
     """Token ids of the true chain, or with `plain` of the answer alone, and the end of turn.
 
     DataError where there is none.
     """
     text = short_answer(record) if plain else record["response"]
-    if text is None:
-        missing = "answer: expected an ANSWER section, or" if plain else "chain: expected"
-        field = '"answer"' if plain else "a gpt turn"
-        raise DataError(f"{record['where']}: there is no {missing} {field}")
-    return processor.response_ids(text)
+    if not text:
+        missing = 'answer ("answer", or an ANSWER section)' if plain else "chain (a gpt turn)"
+        raise DataError(f"{record['where']}: there is no {missing} to train on")
+    with named(record["where"]):  # it may spell <|image_pad|>
+        return processor.response_ids(text)
 
 
 def true_length(record: dict, processor: Processor) -> int | None:
@@ -169,9 +160,8 @@ class Batch:
     pixel_values: torch.Tensor  # (patches of all images, patch size)
     grid_thw: torch.Tensor  # (images, 3): time, height, width in patches
 
-    def __getitem__(self, part: Iterable[int]) -> Batch:
+    def __getitem__(self, part: Sequence[int]) -> Batch:
         """Some of the prompts, by their places, with their own patches."""
-        part = list(part)
         grids = self.grid_thw.split(self.images)  # of each prompt (its images, 3)
         patches = self.pixel_values.split([int(grid.prod(-1).sum()) for grid in grids])
         return Batch(

@@ -74,6 +74,14 @@ def read_lines(path: str | Path) -> list[dict]:
     return rows
 
 
+def cut_back(path: Path, step: int) -> list[dict]:
+    """Drop the rows of a .jsonl file that come after `step`; return the rest."""
+    rows = [row for row in read_lines(path) if row["step"] <= step]
+    if path.exists():
+        write_text(path, lines_of(rows))
+    return rows
+
+
 def differences(old: Mapping, new: Mapping, free: Iterable[str] = ()) -> list[str]:
     """A line for each of the new settings that differs from the old, but for those in `free`.
 

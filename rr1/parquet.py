@@ -53,6 +53,6 @@ class Rows(Sequence):
             return path
         path = f"{self.name}/{hashlib.sha256(content).hexdigest()[:20]}{Path(path).suffix}"
         if not (self.folder / path).exists():
-            (self.folder / path).parent.mkdir(exist_ok=True)
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self.folder / path, content)
         return path

@@ -28,6 +28,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except DataError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)
+            time.sleep(5)
         print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            sys.stdout.flush()
+            os._exit(2)  # leaving in good order, it would wait for the others
         raise SystemExit(2) from None
 
 
@@ -220,6 +224,7 @@ def check_truth(record: dict, rewards: Sequence[str]) -> None:
     damage = not {"deg", "deg_pairwise", "deg_released"}.isdisjoint(rewards)
     known, response, chain = record["degradations"], record["response"], record["chain"]
     stated = stated_types(response) if response else None
+    length = record.get("length", 1 if chain.reasoning or chain.conclusion else None)
     with named(record["where"]):
         if damage and response and stated is None and not known:
             expected = '<TYPE>noise(0.20)<TYPE_END> in the true chain, or "degradations"'
@@ -228,13 +233,13 @@ def check_truth(record: dict, rewards: Sequence[str]) -> None:
             raise ValueError(f"the true damage is {known}; expected intensities in [0, 1]")
         if damage and stated is not None and not _agree(stated, known):
             raise ValueError(f'the true chain says {stated}, "degradations" {known}: correct one')
-        has_length = "length" in record or chain.reasoning or chain.conclusion
-        if "len" in rewards and not has_length:
+        if "len" in rewards and not (isinstance(length, int) and length >= 1):
             expected = 'a true chain, or "length", its tokens by Eq. 7'
-            raise ValueError(f"how long a response should be is not known; expected {expected}")
+            raise ValueError(f"the length to aim for is {length}; expected {expected}")
 
 
-def _agree(a: list[Degradation], b: list[Degradation]) -> bool:
+def _agree(a, b) -> bool:
+    """Whether two lists of degradations are the same, up to their two decimals."""
     pairs = zip(sorted(a), sorted(b))
     return len(a) == len(b) and all(x == y and abs(s - t) < 0.015 for (x, s), (y, t) in pairs)
 
@@ -263,6 +268,8 @@ def _normal(raw: Any, folder: Path) -> dict:
     raw["image"] = paths[0] if len(paths) == 1 else paths
     if "clean_image" in raw:
         raw["clean_image"] = inside(folder, raw["clean_image"])
+    if not isinstance(raw.get("choices", []), list):
+        raise ValueError(f"choices is {raw['choices']!r}; expected a list of texts")
     raw["question"] = _without_marks(raw["question"], len(paths))
     if "_pad|>" in raw["question"] + (raw["response"] or ""):
         raise ValueError("a turn spells a token such as <|image_pad|>, which stands for a picture")
@@ -271,11 +278,14 @@ def _normal(raw: Any, folder: Path) -> dict:
     return raw
 
 
+real_folder = lru_cache(os.path.realpath)
+
+
 def inside(folder: Path, path: Any) -> str:
     """The full path of a picture, which may not leave the folder: by `..`, or over a link."""
     if not isinstance(path, str):
         raise ValueError(f"image is {path!r}; expected one path in the image folder, or several")
-    root, full = os.path.realpath(folder), os.path.realpath(os.path.join(folder, path))
+    root, full = real_folder(folder), os.path.realpath(os.path.join(folder, path))
     if os.path.commonpath([root, full]) != root:
         problem = f"image {path!r} leads to {full}, out of the image folder {root}"
         raise ValueError(f"{problem}: move the picture, or give another --images")

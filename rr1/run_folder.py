@@ -12,27 +12,27 @@ same folder.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
-import random
 import shutil
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from rr1 import files, shard
-from rr1.runtime import Runtime, barrier, seed_everything
+from rr1 import files, runtime, shard
+from rr1.runtime import Runtime, barrier, random_states, set_random_states, updates_of
 
+SKIPPED = 3  # so many steps in a row without a finite gradient end a run
 FREE = {"out", "resume", "steps"}  # options that may differ when a run goes on; scripts add theirs
 
 
@@ -58,6 +58,8 @@ class RunFolder:
         self.settings = json.loads(files.to_json(asdict(self.config)))
         self.rows: list[dict] = []
         self.saved_step: int | None = None
+        self.done = 0, 0, {}  # steps, updates of the optimizer, random states after them
+        self.skipped = 0  # steps in a row whose gradient was not finite
         self._track: Callable | None = None
         self._drawn = time.monotonic()
         try:
@@ -74,15 +76,17 @@ class RunFolder:
 
     def _check(self) -> None:
         """SystemExit where this run cannot use this folder."""
-        path = self.out / "config.json"
-        if path.exists() and not self.config.resume:
+        if not (self.out / "metrics.jsonl").exists():  # a start that failed before its first step
+            (self.out / "skipped.json").unlink(missing_ok=True)
+            return
+        if not self.config.resume:
             raise SystemExit(
                 f"{self.out} already holds a run: use --resume to go on with it, or another --out"
             )
-        defaults = asdict(type(self.config)())
+        path, defaults = self.out / "config.json", asdict(type(self.config)())
         files.same_settings(path, self.settings, FREE.union(self.free), defaults=defaults)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.rt.is_main:
             print(text, flush=True)
 
@@ -90,13 +94,16 @@ class RunFolder:
 
     def log(self, step: int, metrics: Mapping[str, Any], line: str) -> None:
         """Append to metrics.jsonl, print the line, refresh curves.png."""
+        values = {name: float(value) for name, value in metrics.items()}
+        if "grad_norm" in values:
+            values["skipped"] = float(not math.isfinite(values["grad_norm"]))
+            self.skipped = self.skipped + 1 if values["skipped"] else 0
         if not self.rt.is_main:
             return
-        values = {name: float(value) for name, value in metrics.items()}
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self.rows.append({"step": step, **finite})
         files.append_lines(self.out / "metrics.jsonl", self.rows[-1:])
-        self._say(line)  # what is said to be done is on disk
+        self.say(line)  # what is said to be done is on disk
         if self.tracker:
             self._track = self._track or open_tracker(self.tracker, self.out, self.settings, step)
             self._track(values, step)
@@ -114,20 +121,56 @@ class RunFolder:
             draw_curves(self.rows, self.panels, self.out / "curves.png", self.out.name)
         self._drawn = time.monotonic()
 
-    def end_step(self, step: int, stop: bool, model, processor, optimizer) -> None:
-        """Save every `save_every` steps of the configuration and after the last of its `steps`.
+    def is_due(self, step: int) -> bool:
+        """Every `save_every` steps (0: never) and after the last of `steps`."""
+        every = self.config.save_every
+        return step == self.config.steps or every > 0 and step % every == 0
 
-        Asked to `stop`: save, say how to go on, and exit with status 130.
+    def end_step(self, step: int, stop: bool, model, processor, optimizer) -> None:
+        """Save where it is due.
+
+        Asked to `stop`: save, say how to go on, and exit with status 130. After SKIPPED steps in a
+        row whose gradient was not finite: save, and exit with what was seen.
         """
-        if stop or step % self.config.save_every == 0 or step == self.config.steps:
+        if stop or self.is_due(step) or self.skipped == SKIPPED:
             self.save(step, model, processor, optimizer)
+        self.done = step, updates_of(optimizer), random_states(self.rt)
+        if self.skipped == SKIPPED:
+            why = (
+                f"the gradients of the last {SKIPPED} steps were not finite, so none was taken; "
+                f"see the end of {self.out}/metrics.jsonl and rollouts.jsonl. Saved as it is after "
+                f"step {step}: lower --lr, or find what is odd in these records"
+            )
+            raise SystemExit(why if self.rt.is_main else 1)
         if stop:
             self.draw()
-            self._say(
+            self.say(
                 f"stopped after step {step}, saved in {self.out}: "
                 "the same command with --resume goes on from here"
             )
             raise SystemExit(130)
+
+    @contextmanager
+    def kept(self, model, processor, optimizer) -> Iterator[None]:
+        """Around the loop: an error does not lose the steps that were done.
+
+        With several processes rank 0 saves alone, since the others may be gone; where the model is
+        sharded it cannot, and says where --resume goes on from.
+        """
+        try:
+            yield
+        except Exception as error:
+            step, updates, states = self.done
+            between = updates == updates_of(optimizer)  # the weights are those of a whole step
+            alone = self.rt.is_main and not isinstance(model, shard.FSDPModule)
+            if between and step and alone:
+                self.rt = Runtime(device=self.rt.device)
+                set_random_states(states, self.rt)
+                self.save(step, model, processor, optimizer)
+            found = checkpoints(self.out)
+            kept = f"--resume goes on from {found[-1].name}" if found else "nothing was saved yet"
+            self.say(f"{type(error).__name__} in step {step + 1}: {kept}")
+            raise
 
     def finish(self, model, processor) -> None:
         """Draw the curves and write `model/`, an ordinary checkpoint folder."""
@@ -137,7 +180,7 @@ class RunFolder:
             if folder.exists():
                 remove(folder)
             os.replace(new, folder)
-        self._say(f"written: {folder}")
+        self.say(f"written: {folder}")
         self.draw()
         barrier(self.rt)
 
@@ -194,13 +237,13 @@ class RunFolder:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             step = state["step"]
         if self.rt.is_main:
-            self.rows = cut_back(self.out / "metrics.jsonl", step)
-            cut_back(self.out / "rollouts.jsonl", step)
+            self.rows = files.cut_back(self.out / "metrics.jsonl", step)
+            files.cut_back(self.out / "rollouts.jsonl", step)
         if folder is None:
             if self.config.resume:
-                self._say(f"nothing to resume in {self.out}: starting afresh")
+                self.say(f"nothing to resume in {self.out}: starting afresh")
             return 0
-        self._say(f"resuming from {folder}")
+        self.say(f"resuming from {folder}")
         shard.load_model(model, folder / "model", self.rt)
         tensors = {}
         for file in folder.glob("optimizer*.safetensors"):  # earlier versions wrote several
@@ -216,12 +259,13 @@ class RunFolder:
             set_random_states(states["generators"], self.rt)
         else:
             numbers = np.random.SeedSequence([self.config.seed, step, self.rt.rank])
-            seed_everything(int(numbers.generate_state(1)[0]))
-            self._say(
+            runtime.seed_everything(int(numbers.generate_state(1)[0]))
+            self.say(
                 f"{ranks} process(es) wrote it, {now} go on: "
                 "random states start afresh from seed and step"
             )
         self.saved_step = step
+        self.done = step, updates_of(optimizer), random_states(self.rt)
         return step
 
 
@@ -236,39 +280,6 @@ def remove(folder: Path) -> None:
     rubbish = folder.with_name(folder.name + ".tmp")
     os.replace(folder, rubbish)
     shutil.rmtree(rubbish)
-
-
-def cut_back(path: Path, step: int) -> list[dict]:
-    """Drop the rows of a .jsonl file that come after `step`; return the rest."""
-    rows = [row for row in files.read_lines(path) if row["step"] <= step]
-    if path.exists():
-        files.write_text(path, files.lines_of(rows))
-    return rows
-
-
-def random_states(rt: Runtime) -> dict[str, Any]:
-    """The global random states of this process, as JSON."""
-    tensors = {"torch": torch.get_rng_state()}
-    if rt.device.type == "cuda":
-        tensors["torch.cuda"] = torch.cuda.get_rng_state(rt.device)
-    states = {name: base64.b64encode(t.numpy()).decode() for name, t in tensors.items()}
-    states["random"] = random.getstate()
-    states["numpy.random"] = np.random.get_state(legacy=False)
-    return states
-
-
-def set_random_states(states: Mapping[str, Any], rt: Runtime) -> None:
-    """Undo `random_states`, after JSON made lists of tuples and arrays."""
-    version, words, gauss = states["random"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(states["numpy.random"])
-    torch.set_rng_state(_bytes(states["torch"]))
-    if rt.device.type == "cuda" and "torch.cuda" in states:
-        torch.cuda.set_rng_state(_bytes(states["torch.cuda"]), rt.device)
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def open_tracker(name: str, out: Path, config: dict, step: int) -> Callable[[dict, int], None]:

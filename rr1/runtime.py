@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import ctypes
 import math
 import os
@@ -33,7 +34,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import HfArgumentParser
 
-INF = math.inf
+INF, NAN = math.inf, math.nan
 
 # ---------------------------------------------------------------- processes
 
@@ -133,8 +134,10 @@ def main_first(rt: Runtime) -> Iterator[None]:
         barrier(rt)
 
 
-def sum_over_ranks(values: Mapping[str, float | torch.Tensor], rt: Runtime) -> dict[str, float]:
-    """Each value summed over the ranks, in float64 and in one collective.
+def sum_over_ranks(
+    values: Mapping[str, float | torch.Tensor], rt: Runtime, op: Any = dist.ReduceOp.SUM
+) -> dict[str, float]:
+    """Each value summed (or what `op` says) over the ranks, in float64 and in one collective.
 
     All ranks must bring the same names.
     """
@@ -142,7 +145,7 @@ def sum_over_ranks(values: Mapping[str, float | torch.Tensor], rt: Runtime) -> d
     numbers = [torch.as_tensor(values[name], dtype=torch.float64).item() for name in names]
     totals = torch.tensor(numbers, dtype=torch.float64, device=rt.device)
     if rt.world_size > 1:
-        dist.all_reduce(totals)
+        dist.all_reduce(totals, op)
     return dict(zip(names, totals.tolist()))
 
 
@@ -166,10 +169,20 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], rt: Runtime) -> None
 
 @torch.no_grad()
 def broadcast_parameters(model: torch.nn.Module, rt: Runtime) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
-    if rt.world_size > 1:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.detach(), src=0)
+    """Give every rank the parameters and buffers of rank 0, and say so where they differed."""
+    if rt.world_size == 1:
+        return
+    differed = 0.0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        first = tensor.detach().clone()
+        dist.broadcast(first, src=0)
+        if not torch.equal(first, tensor):
+            differed = 1.0
+            tensor.copy_(first)
+    ranks = sum_over_ranks({"differed": differed}, rt)["differed"]
+    if ranks and rt.is_main:
+        told = f"the weights that {ranks:.0f} process(es) had read differed"
+        print(f"{told}: all go on with those of rank 0", flush=True)
 
 
 # ---------------------------------------------------------------- training
@@ -180,6 +193,31 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_states(rt: Runtime) -> dict[str, Any]:
+    """The global random states of this process, as JSON."""
+    tensors = {"torch": torch.get_rng_state()}
+    if rt.device.type == "cuda":
+        tensors["torch.cuda"] = torch.cuda.get_rng_state(rt.device)
+    states = {name: base64.b64encode(t.numpy()).decode() for name, t in tensors.items()}
+    states["random"] = random.getstate()
+    states["numpy.random"] = np.random.get_state(legacy=False)
+    return states
+
+
+def set_random_states(states: Mapping[str, Any], rt: Runtime) -> None:
+    """Undo `random_states`, after JSON made lists of tuples and arrays."""
+    version, words, gauss = states["random"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(states["numpy.random"])
+    torch.set_rng_state(_bytes(states["torch"]))
+    if rt.device.type == "cuda" and "torch.cuda" in states:
+        torch.cuda.set_rng_state(_bytes(states["torch.cuda"]), rt.device)
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -207,16 +245,24 @@ def cosine_with_warmup(step: int, steps: int, warmup: int, floor: float = 0.1) -
 def update(optimizer: torch.optim.Optimizer, rt: Runtime, lr: float, max_grad_norm: float) -> float:
     """One optimizer step with the gradients of all processes, which are gone afterwards.
 
-    They are scaled down to `max_grad_norm` together; returns their norm before that.
+    They are scaled down to `max_grad_norm` together; returns their norm before that. Where it is
+    not finite, no rank takes the step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(parameters, rt)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm, error_if_nonfinite=True)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm
+
+
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """How often it has stepped."""
+    return int(next(iter(optimizer.state.values()), {}).get("step", 0))
 
 
 # ---------------------------------------------------------------- logging
@@ -227,6 +273,7 @@ class Means:
 
     def __init__(self):
         self.totals: dict[str, float] = defaultdict(float)
+        self.largest: dict[str, float] = {}
 
     def add(self, name: str, values: Any, count: float | None = None) -> None:
         """Values to be averaged (a number, a list, a tensor); or their sum, of `count` values."""
@@ -234,11 +281,15 @@ class Means:
         self.totals["sum " + name] += values.sum().item()
         self.totals["count " + name] += values.numel() if count is None else float(count)
 
+    def add_largest(self, name: str, value: Any) -> None:
+        self.largest[name] = max(self.largest.get(name, -INF), float(value))
+
     def over_ranks(self, rt: Runtime) -> dict[str, float]:
-        """name -> mean. All ranks must have added the same names."""
+        """name -> mean (nan: of nothing), or largest. All ranks must have added the same names."""
         totals = sum_over_ranks(self.totals, rt)
         names = [key.removeprefix("sum ") for key in totals if key.startswith("sum ")]
-        return {name: totals["sum " + name] / (totals["count " + name] or 1) for name in names}
+        means = {name: totals["sum " + name] / (totals["count " + name] or NAN) for name in names}
+        return means | sum_over_ranks(self.largest, rt, dist.ReduceOp.MAX)
 
 
 class Timer:

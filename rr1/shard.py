@@ -3,7 +3,6 @@
 This is FSDP2, torch's `fully_shard`.
 
     spread     rank 0's weights to all: nobody else reads them
-    load       the model of a script, before it is sharded
     forward    function(model, ..) as a forward pass: a layer is gathered when its turn comes
     gathered   `with gathered(model):` all layers are gathered once, for many passes: sampling
     save_model, load_model, optimizer_state, load_optimizer_state    whole tensors, out and in
@@ -40,23 +39,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from rr1 import vlm
 from rr1.runtime import Runtime
 
 ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def load(config, rt: Runtime):
-    """The script's model on this process's device, vision frozen -> (model, processor)."""
-    device = rt.device
-    if config.shard:  # rank 0 alone reads what is to be sharded
-        device = "cpu" if rt.is_main else "meta"
-    pixels = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    model, processor = vlm.load(config.model, device=device, **pixels)
-    vlm.freeze_vision(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model, processor
 
 
 def shard(model, rt: Runtime):

@@ -3,6 +3,7 @@ real HTTP that answers well, badly, late or never, while the process is killed."
 
 import base64
 import json
+import re
 import signal
 import time
 from collections import Counter
@@ -402,7 +403,8 @@ def test_a_command_line_that_cannot_be_meant(questions, tmp_path, flags, message
     if message == "OPENAI_API_KEY":
         pytest.importorskip("openai")
     with pytest.raises(SystemExit, match=message):
-        build(questions, tmp_path, *flags.split())
+        build(questions, tmp_path / "out", *flags.split())
+    assert not (tmp_path / "out").exists(), "other settings can be tried at once"
 
 
 def test_a_broken_photo_is_rejected_and_the_rest_goes_on(questions, tmp_path):
@@ -719,3 +721,11 @@ def test_sigkill_at_any_moment_loses_no_paid_answer_and_pays_for_none_twice(
 def test_every_flag_is_read():
     text = "".join(path.read_text() for path in Path(command.__file__).parent.glob("*.py"))
     assert not [f.name for f in fields(command.Config) if f"config.{f.name}" not in text]
+
+
+def test_the_commands_of_the_data_page_can_be_given():
+    page = (Path(command.__file__).parents[2] / "docs" / "use" / "data.md").read_text()
+    commands = re.findall("python -m rr1.annotate ([^#\n]+)", page.replace("\\\n", " "))
+    assert len(commands) >= 6
+    for line in commands:
+        command.check(command.parse_config(command.Config, line.split()))

@@ -210,7 +210,7 @@ def test_half_an_emoji_is_written_13(server, questions, tmp_path):
 
 def test_answers_of_every_odd_form_are_read_or_asked_for_again_13(server, questions, tmp_path):
     odd = ["null", "3", "[]", '{"choices": {}}', '{"choices": [null]}', '{"choices": [{}]}', ""]
-    odd += ['{"choices": [{"message": null}]}', '{"error": {"message": "busy"}}', "{" * 5000]
+    odd += ['{"choices": [{"message": null}]}', '{"error": {"message": "busy"}}', "[" * 99_999]
 
     def behave(request):
         return Raw(200, odd[request.number]) if request.number < len(odd) else "ok"

@@ -4,7 +4,9 @@ import base64
 import csv
 import io
 import json
+import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -17,6 +19,7 @@ from degrade import degrade
 from rr1 import records
 from rr1.chain import Chain, build_prompt, render
 from rr1.evaluation import benchmarks, metrics, predictions, report, scores, votes
+from rr1.evaluation import tsv as evaluation_tsv
 from rr1.evaluation.tsv import REQUEST, damage_tsv, rows_of
 
 
@@ -452,6 +455,9 @@ def test_a_okvqa_is_asked_with_and_without_its_choices(tmp_path):
         and direct["question"] == "what?"
         and difficult["form"] == "choice"
     )
+    (tmp_path / "a.jsonl").write_text(json.dumps(item) + "\n")
+    again = read(tmp_path / "a.jsonl", tmp_path, tmp_path)
+    assert [r["question"] for r in again] == [choice["question"], "what?"]
     jobs = predictions.make_jobs(records, [0.5], 0)
     assert [job["key"] for job in jobs] == [
         "1 clean",
@@ -512,6 +518,32 @@ def answer(response, plain=True):
 )
 def test_a_choice_is_read_and_never_guessed(said, letter):
     assert scores.read_choice(said, {"A": "cat", "B": "dog", "C": "bird"}) == letter
+
+
+FREE_TEXT = {  # what VLMEvalKit's can_infer reads (August 2026)
+    "The correct answer is **B**. Here's why: A and C are not there, as one can see.": "B",
+    "the answer is C because of the tail, and A is far away from it": "C",
+    "I would say it is (B)": "B",
+    "B, since A is too small": None,
+    "B is what stands there to the left": None,
+    "a bird": "C",
+    "A dog or a bird": None,
+    "D": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("said", FREE_TEXT)
+def test_free_text_is_read_as_vlmevalkit_reads_it(said):
+    options = {"A": "cat", "B": "dog", "C": "bird"}
+    assert scores.free_text_choice(said, options) == FREE_TEXT[said]
+
+
+def test_the_letter_after_answer_is_stands_alone():
+    """Their pattern takes the D of `dog`."""
+    options = {"A": "dog", "B": "bird of prey", "D": "cat"}
+    for said in ("The answer is dog", "The answer is Dog"):
+        assert scores.read_choice(said, options) == "A"
 
 
 @pytest.mark.parametrize(
@@ -678,6 +710,34 @@ def test_evaluate_on_a_tsv_and_its_damaged_copy(tsv, tmp_path, checkpoint, monke
         written[0]["damage_seed"] == str(rows["3 1"]["damage_seed"])
         and written[0]["question"] == ROWS[0]["question"]
     )
+
+
+def test_damage_that_fails_leaves_nothing(tsv, tmp_path):
+    twice, bad, cut = tmp_path / "twice.tsv", tmp_path / "bad.tsv", tmp_path / "cut.tsv"
+    damage_tsv(tsv, tmp_path / "hurt.tsv", [1.0])
+    write_tsv(bad, [ROWS[0], ROWS[1] | {"image": "a" * 101}])
+    cut.write_bytes(tsv.read_bytes()[:-40])
+    for source, message in (
+        (tmp_path / "hurt.tsv", "hurt.tsv:3: a column degradation: this is a damaged copy already"),
+        (bad, "bad.tsv:4: image is not base64"),
+        (cut, "cut.tsv:7: has not the"),
+    ):
+        with pytest.raises(records.DataError, match=message):
+            damage_tsv(source, twice, [0.5, 1.0])
+    assert not list(tmp_path.glob("twice*")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_damage_uses_all_cores(tsv, tmp_path, monkeypatch):
+    threads, draw = set(), evaluation_tsv.draw_damage
+
+    def drawn(*arguments):
+        threads.add(threading.get_ident())
+        time.sleep(0.2)
+        return draw(*arguments)
+
+    monkeypatch.setattr(evaluation_tsv, "draw_damage", drawn)
+    damage_tsv(tsv, tmp_path / "hurt.tsv", [1.0])
+    assert len(threads) > 1 or os.cpu_count() == 1
 
 
 def test_the_damage_command(tsv, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,8 +20,11 @@ from PIL import Image
 from transformers import AutoConfig
 
 import degrade
+import train_grpo
+import train_sft
 from degrade import Degradation
 from rr1 import data, records, runtime
+from rr1.answers import short_answer
 from rr1.records import DataError, open_image, read
 
 CHAIN = (
@@ -139,6 +143,7 @@ def test_one_picture_in_a_list_and_a_number_for_an_answer(tmp_path):
         (line(degradations=[{"type": "noise", "intensity": 47}]), r"a number in \[0, 1\]"),
         (line(degradations=[{"type": "noise", "intensity": "NaN"}]), "degradations"),
         (line(degradations=[7]), "degradations"),
+        (line(choices="dog"), "choices is 'dog'; expected a list"),
         (line(conversations=turns("<image>a <|image_pad|>", "b")), "image_pad"),
         (line(conversations=turns("<image>a", "b <|image_pad|>")), "image_pad"),
         (line(conversations=turns("<image>a", {"text": "b"})), "a turn of 'gpt' says"),
@@ -225,8 +230,16 @@ def test_a_record_without_a_chain(tmp_path):
     records.check_truth(record, ["deg", "len", "accuracy"])
     [record] = read(write(tmp_path, line(conversations=human, degradations=[])))
     records.check_truth(record, ["deg"])  # a clean picture
-    with pytest.raises(DataError, match=r"train\.jsonl:1: how long .*Eq. 7"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the length to aim for .*Eq. 7"):
         records.check_truth(record, ["deg", "len"])
+
+
+@pytest.mark.parametrize("length", [0, -3, "31", [31]])
+def test_a_length_that_is_none_is_a_bad_record(tmp_path, length):
+    [record] = read(write(tmp_path, line(length=length)))
+    records.check_truth(record, ["deg"])
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the length to aim for is"):
+        records.check_truth(record, ["len"])
 
 
 TORN = CHAIN.replace("<TYPE_END>", "</TYPE>")
@@ -249,7 +262,7 @@ TORN = CHAIN.replace("<TYPE_END>", "</TYPE>")
         (CHAIN, [("noise", 0.4)], ["deg"], "the true chain says .*correct one"),
         (CHAIN, [("darkness", 0.2)], ["deg"], "the true chain says .*correct one"),
         (CHAIN, [], ["deg_pairwise"], "the true chain says .*correct one"),
-        ("2", [("noise", 0.2)], ["len"], "how long a response should be"),
+        ("2", [("noise", 0.2)], ["len"], "the length to aim for is None"),
     ],
 )
 def test_a_reward_needs_a_truth_that_can_be_read(tmp_path, response, known, rewards, message):
@@ -535,6 +548,7 @@ def test_floats_are_scaled_by_their_range(tmp_path, largest):
     Image.fromarray((RAMP / 65535 * largest).astype(np.float32)).save(tmp_path / "x.tif")
     seen = np.asarray(open_image(tmp_path / "x.tif"))
     assert np.abs(seen[..., 0] - RAMP / 257).max() <= 0.51
+    assert largest > 65535 or (seen == degrade._read(tmp_path / "x.tif")).all()
     Image.fromarray(RAMP.astype(np.int32)).save(tmp_path / "i.tif")
     assert (np.asarray(open_image(tmp_path / "i.tif"))[..., 0] == RAMP >> 8).all()
 
@@ -585,9 +599,9 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
     """Table 3's "w/o Reasoning": the answer, of a caption the caption, to the question alone."""
     records = read(world_folder / "train.jsonl")[:20]
     for r in records:
-        assert data.short_answer(r) == (
+        assert short_answer(r) == (
             r["caption"] if r["form"] == "caption" else r["answer"]
-        ) and "<" not in data.short_answer(r)
+        ) and "<" not in short_answer(r)
     assert {r["form"] for r in records} == {"choice", "open", "caption"}
     batch = data.load_batch(records[:2], processor, plain=True)
     assert (
@@ -614,6 +628,11 @@ def test_records_without_their_chains(world_folder, processor, tmp_path):
     assert data.response_ids(silent, processor) == processor.tokenizer("a cat")["input_ids"] + end
     with pytest.raises(DataError, match=r"train\.jsonl:2: there is no answer"):
         data.response_ids(silent, processor, plain=True)
+    for nothing in (None, ""):
+        with pytest.raises(DataError, match="there is no answer"):
+            data.response_ids(answered | {"answer": nothing}, processor, plain=True)
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*image_pad"):
+        data.response_ids(answered | {"answer": "<|image_pad|>"}, processor, plain=True)
 
 
 def test_the_length_to_aim_for(processor, tmp_path):
@@ -660,6 +679,42 @@ def test_a_prompt_longer_than_the_model_is_named(processor, checkpoint, tmp_path
         data.check_room(model, found, batch, [11, 11])
 
 
+def test_errors_of_data_are_told_once_under_torchrun(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from rr1 import records, runtime\n"
+        "with records.one_line_errors():\n"
+        "    runtime.setup()\n"
+        "    print('begun')\n"
+        "    raise records.DataError('train.jsonl:2: not JSON')\n"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr.count("train.jsonl:2: not JSON") == 1
+    assert "begun" in done.stdout and re.search(r"exitcode *: 2 ", done.stderr)
+    assert "DataError" not in done.stderr
+
+
+def test_the_scripts_try_every_record_before_the_first_step(processor, tmp_path):
+    """Their own checks, on records that were trained on without a word."""
+    bad = [line(conversations=turns("<image>what?", "2")), line(), line()]
+    found = read(write(tmp_path, *bad))
+    rl = SimpleNamespace(rewards=["deg", "len"], skip_bad=False, max_image_tokens=0)
+    sft = SimpleNamespace(plain=True, skip_bad=False, max_image_tokens=0)
+    for script, config, problem in (
+        (train_grpo, rl, "what damaged"),
+        (train_sft, sft, "no answer"),
+    ):
+        script.check_record(config, processor, None, found[1])
+        with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{problem}"):
+            script.check_record(config, processor, None, found[0])
+        config.skip_bad = True  # then pictures are looked at, too
+        with pytest.raises(DataError, match=r"train\.jsonl:2: .*7\.png"):
+            script.check_record(config, processor, None, found[1])
+
+
 def test_errors_of_data_are_one_line_once(capsys, monkeypatch):
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -669,7 +724,7 @@ def test_errors_of_data_are_one_line_once(capsys, monkeypatch):
             raise DataError("train.jsonl:2: not JSON\n(a very\nlong story)")
         assert stop.value.code == 2
         assert capsys.readouterr().err == "train.jsonl:2: not JSON (a very long story)\n"
-    assert slept == [3]  # the other ranks: torchrun ends them before they speak
+    assert slept == [5]  # the other ranks: torchrun ends them before they speak
     with pytest.raises(ZeroDivisionError), records.one_line_errors():
         raise ZeroDivisionError  # our own faults keep their traceback
 

@@ -124,7 +124,8 @@ def test_s_zero_is_the_identity(name, picture):
     for seed in (0, 1):
         out = degrade(picture, [(name, 0)], seed)
         assert np.array_equal(out, picture) and not np.shares_memory(out, picture)
-    assert np.array_equal(DEGRADATIONS[name](picture, 0.0, np.random.default_rng(0)), picture)
+    out = DEGRADATIONS[name](picture, 0.0, np.random.default_rng(0))
+    assert np.array_equal(out, picture) and not np.shares_memory(out, picture)
 
 
 @every_op
@@ -229,6 +230,16 @@ def test_noise_has_the_deviation_that_it_says():
     assert abs(out.std() - 30) < 0.7 and abs(out.mean() - 128) < 0.5
     channels = out.reshape(-1, 3).T
     assert np.abs(np.corrcoef(channels) - np.eye(3)).max() < 0.02
+
+
+def test_later_paint_does_not_cover_earlier_paint():
+    grey = np.full((240, 320, 3), 128, np.uint8)
+    shares = []
+    for seed in range(20):
+        half, whole = (degrade(grey, [("graffiti", s)], seed) for s in (0.5, 1))
+        painted = (half != grey).any(axis=-1)
+        shares.append((half != whole)[painted].any(axis=-1).mean())
+    assert np.mean(shares) < 0.05  # what changes is the soft edge of a stroke
 
 
 def test_saturation_at_one_is_grey_and_color_diffusion_keeps_the_luma(picture):
@@ -399,6 +410,17 @@ def test_a_very_long_picture_costs_no_more_than_its_pixels(name):
             out = degrade(image, [(name, 1)], 0)
         assert time.thread_time() - start < 0.7
         assert out.shape == image.shape
+
+
+def test_a_smooth_field_has_no_more_knots_than_pixels():
+    class Counting:
+        def standard_normal(self, shape, dtype):
+            self.drawn = int(np.prod(shape))
+            return np.zeros(shape, dtype)
+
+    rng = Counting()
+    assert module._smooth_field(1, 32000, 14, 2, rng).shape == (1, 32000, 2)
+    assert rng.drawn <= 2 * 2 * 2 * 32000  # a knot at either end of each pixel, two channels
 
 
 @pytest.mark.parametrize("size", [(16, 70_000), (32_001, 2)])
@@ -710,6 +732,7 @@ def test_a_jpeg_is_whole_with_any_tail_and_cut_off_without_its_end(tmp_path, pro
         assert np.array_equal(module._read(file), expected)
     for length in (1, 3, len(segment) + 40, len(jpeg) // 2, len(jpeg) - 2):
         file.write_bytes(jpeg[:length])
+        assert module._is_cut_jpeg(jpeg[:length]) or length < 2
         with pytest.raises(ValueError, match="x.jpg: (cut off|not an image)"):
             module._read(file)
 

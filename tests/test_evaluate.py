@@ -179,7 +179,11 @@ def test_greedy_answers_do_not_depend_on_batch_seed_or_workers(arguments, finish
     assert both[0] == both[1] != lines(finished / "sft")[:8] and len(both[0]) == 8
 
 
-def test_a_picture_is_encoded_once(checkpoint, world_folder, tmp_path, asked):
+def test_a_picture_is_read_and_encoded_once(checkpoint, world_folder, tmp_path, asked, monkeypatch):
+    opened, open_image = [], predictions.open_image
+    monkeypatch.setattr(
+        predictions, "open_image", lambda path: opened.append(path) or open_image(path)
+    )
     records = (world_folder / "test.jsonl").read_text().splitlines()[:4]
     (tmp_path / "x.jsonl").write_text("\n".join(records[i] for i in (0, 1, 2, 3, 0, 1, 2, 3, 0)))
     evaluate.main(
@@ -199,7 +203,7 @@ def test_a_picture_is_encoded_once(checkpoint, world_folder, tmp_path, asked):
             str(tmp_path),
         ]
     )
-    assert asked == {"prompts": 9, "images": 4}
+    assert asked == {"prompts": 9, "images": 4} and len(opened) == 4
     assert [json.loads(line)["key"] for line in lines(tmp_path / "model")] == [
         str(i) for i in range(1, 10)
     ]

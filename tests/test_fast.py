@@ -113,7 +113,7 @@ def test_everything_runs_without_it(checkpoint, world_folder, tmp_path, script):
         if n:
             calls.append(path.name)
             path.write_text(source.replace("import data, fast, ", "import data, "))
-    assert {f"{script}.py", "predictions.py"} <= set(calls)
+    assert "predictions.py" in calls and len(calls) > 1, "the scripts should switch it on"
     command = [sys.executable, f"{script}.py", "--model", checkpoint, "--out", "run"]
     command += ["--data", f"{world_folder}/train.jsonl", "--part", "all", "--steps", "1"]
     small = {"train_sft": ["--batch", "2"], "train_grpo": ["--prompts", "2", "--group-size", "2"]}

@@ -39,13 +39,18 @@ def test_the_printed_loss_is_the_velocitys_times_one_minus_t_squared():
 
 
 def test_times_are_uniform_and_a_shift_moves_them_to_noise():
-    t, shifted = (
-        flow.sample_t(20000, torch.Generator().manual_seed(0), shift) for shift in (1.0, 3.0)
-    )
-    assert (0 <= t).all() and (t <= 1).all() and (0 <= shifted).all() and (shifted <= 1).all()
+    def times(*law):
+        generator = torch.Generator().manual_seed(0)
+        return torch.cat([flow.sample_t(generator, *law) for _ in range(20000)])
+
+    t, shifted, with_ones = times(), times(3.0), times(3.0, 0.25)
+    assert (0 <= t).all() and (t < 1).all()
     assert t.mean() == pytest.approx(1 / 2, abs=5e-3)
     assert t.var() == pytest.approx(1 / 12, abs=2e-3)
     torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t))
+    ones = with_ones == 1
+    assert ones.float().mean() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(with_ones[~ones], shifted[~ones])
     assert flow.time_grid(4, 3).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     assert flow.time_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
 

@@ -385,6 +385,12 @@ def test_figure_6_by_hand():
     assert types == {"light": (2 * 1 / 4, 2), "strong": (1, 1)}
 
 
+def test_a_border_of_total_intensity_is_in_the_bin_below():
+    rows = [row(D(), D((NOISE, s)), length=length) for s, length in ((0.25, 10), (0.3, 30))]
+    points = figure_6.length_points([metrics.judge(r) for r in rows])
+    assert points == [(1, 0.25, 40, 10), (2, 0.3, 40, 30)]
+
+
 def test_a_plain_model_is_read_whole_and_has_no_figure_6(tmp_path):
     plain = report.of_model(
         [

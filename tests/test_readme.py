@@ -1,4 +1,5 @@
 """What the README promises about the repository is true: commands, paper map, file tree, links."""
+
 import importlib
 import json
 import re
@@ -16,11 +17,15 @@ def section(title: str) -> str:
     return found[1]
 
 
+FILES = (ROOT / "docs" / "use" / "files.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| \((\d+)\) \|(.*)\|$", section("Paper map"), re.M)
 
 
 def test_the_two_commands_are_there_once():
-    for command in ("pip install -r requirements.txt && torchrun train_grpo.py", "pip install -r requirements.txt && pytest"):
+    for command in (
+        "pip install -r requirements.txt && torchrun train_grpo.py",
+        "pip install -r requirements.txt && pytest",
+    ):
         assert len(re.findall(rf"^{re.escape(command)}$", README, re.M)) == 1, command
     assert (ROOT / "requirements.txt").read_text().splitlines()[1].startswith("torch==")
 
@@ -31,23 +36,35 @@ def test_every_equation_is_in_the_paper_map():
 
 @pytest.mark.parametrize("number, row", ROWS)
 def test_what_an_equation_names_exists(number, row):
-    _, code, test = (cell.strip() for cell in row.strip().split("|"))
-    assert_exist(code, test)
+    _, code = (cell.strip() for cell in row.strip().split("|"))
+    assert_functions_exist(code)
 
 
-def assert_exist(code: str, test: str) -> None:
-    """Functions as `module.name`, tests as `path::name`; at least one of each."""
-    names, tests = re.findall(r"`([\w.]+)`", code), re.findall(r"`(tests/\w+\.py)::(\w+)`", test)
-    assert names and tests, f"no function or no test: {code} | {test}"
+def assert_functions_exist(code: str) -> None:
+    """Functions as `module.name`, at least one."""
+    names = re.findall(r"`([\w.]+)`", code)
+    assert names, f"no function: {code}"
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def assert_tests_exist(test: str) -> None:
+    """Tests as `path::name`, at least one."""
+    tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", test)
+    assert tests, f"no test: {test}"
     for path, function in tests:
-        assert re.search(rf"^def {function}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), f"{path}::{function}"
+        assert re.search(rf"^def {function}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), (
+            f"{path}::{function}"
+        )
 
 
 PAPER = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
-PLACES = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAPER.splitlines() if re.match(r"\| [^|]", line) and "`" in line]
+PLACES = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAPER.splitlines()
+    if re.match(r"\| [^|]", line) and "`" in line
+]
 
 
 def test_the_paper_page_has_every_equation():
@@ -58,25 +75,44 @@ def test_the_paper_page_has_every_equation():
 @pytest.mark.parametrize("place", PLACES, ids=[place[0][:30] for place in PLACES])
 def test_what_the_paper_page_names_exists(place):
     _, code, test, notebook = place
-    assert_exist(code, test)
+    assert_functions_exist(code)
+    assert_tests_exist(test)
     if notebook:
         chapter, _, heading = notebook.partition(": ")
         [path] = (ROOT / "notebooks").glob(f"{chapter}_*.ipynb")
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        headings = [line[3:].strip() for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("## ")]
+        headings = [
+            line[3:].strip()
+            for cell in cells
+            for line in "".join(cell["source"]).splitlines()
+            if line.startswith("## ")
+        ]
         assert heading in headings, f"{path.name} has no heading {heading!r}"
 
 
 def test_the_file_tree_is_the_tree():
-    listed = re.findall(r"^([\w./-]+)  ", re.search(r"```\n(.*?)```", section("Files"), re.S)[1], re.M)
+    listed = re.findall(r"^([\w./-]+)  ", re.search(r"```\n(.*?)```", FILES, re.S)[1], re.M)
     for path in listed:
-        assert (ROOT / path).exists(), f"{path} is in the README's tree and not in the repository"
-    python = {str(p.relative_to(ROOT)) for pattern in ("*.py", "rr1/**/*.py", "bench/*.py") for p in ROOT.glob(pattern)}
-    missing = {p for p in python if not p.endswith("__init__.py") and not any(p == q or p.startswith(q.rstrip("/") + "/") for q in listed)}
-    assert not missing, f"not in the README's tree: {sorted(missing)}"
+        assert (ROOT / path).exists(), f"{path} is in docs/use/files.md and not in the repository"
+    python = {
+        str(p.relative_to(ROOT))
+        for pattern in ("*.py", "rr1/**/*.py", "bench/*.py")
+        for p in ROOT.glob(pattern)
+    }
+    missing = {
+        p
+        for p in python
+        if not p.endswith("__init__.py")
+        and not any(p == q or p.startswith(q.rstrip("/") + "/") for q in listed)
+    }
+    assert not missing, f"not in docs/use/files.md: {sorted(missing)}"
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 10_000
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

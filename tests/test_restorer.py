@@ -1,5 +1,6 @@
 """The restorer, its pairs, the data set that it writes, and how it is trained."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -12,16 +13,17 @@ import numpy as np
 import pytest
 import skimage
 import torch
-from test_train import KILLED_AFTER_STEP_3, ROOT, Run, equal
+from test_train import KILLED_AFTER_STEP_3, PLACE, ROOT, Run, command, equal
 
 import train_recover
 from degrade import degrade
 from rr1 import run_folder, tiny
 from rr1.data import seed_for
 from rr1.records import DataError
+from rr1.runtime import Runtime, build_optimizer
 from rr1.tiny import world
 from rr1.u1 import __main__ as data_set
-from rr1.u1 import pairs, report, restorer, rewards
+from rr1.u1 import flow, pairs, report, restorer, rewards
 
 SMALL = {
     "sft": "--steps 2 --batch 4 --side 16 --lr 1e-3 --warmup 1",
@@ -81,6 +83,12 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(run_folder, "draw_curves", lambda *_: None)
 
 
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch):
+    """The choice of a sampler at the end of a run takes longer than the small runs here."""
+    monkeypatch.setattr(train_recover, "choose_sampler", lambda *_: None)
+
+
 # ---------------------------------------------------------------- the network
 
 
@@ -127,17 +135,62 @@ def test_saved_and_loaded_it_is_the_same_and_a_wrong_folder_is_named(tmp_path):
 
 def test_a_picture_is_recovered_alike_in_any_batch():
     model, pictures = random_restorer(), torch.rand(5, 3, 16, 16)
-    whole = restorer.recover(model, pictures, 3, seeds=[3, 1, 4, 1, 5])
+    whole = restorer.recover(model, pictures, [3, 1, 4, 1, 5], steps=3)
     assert whole.shape == pictures.shape
-    torch.testing.assert_close(
-        restorer.recover(model, pictures[3:], 3, seeds=[1, 5], batch=1),
-        whole[3:],
-        rtol=1e-4,
-        atol=1e-5,
-    )
-    assert not torch.allclose(
-        restorer.recover(model, pictures[:1], 3, seeds=[9]), whole[:1], atol=1e-3
-    )
+    part = restorer.recover(model, pictures[3:], [1, 5], steps=3, batch=1)
+    torch.testing.assert_close(part, whole[3:], rtol=1e-4, atol=1e-5)
+    other = restorer.recover(model, pictures[:1], [9], steps=3)
+    assert not torch.allclose(other, whole[:1], atol=1e-3)
+
+
+def test_a_recovery_is_the_mean_of_several_from_noise_of_their_own():
+    """Each by Euler steps from numbers of the picture's own stream, in order."""
+    model, damaged = random_restorer(), torch.rand(1, 3, 16, 16)
+    z_c, grid = 2 * damaged - 1, flow.time_grid(3, restorer.SHIFT)
+    starts = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        ends = [flow.euler(lambda z, t: model(z, z_c, t), z_1[None], grid) for z_1 in starts]
+    first = restorer.recover(model, damaged, [7], steps=3, recoveries=1)
+    both = restorer.recover(model, damaged, [7], steps=3, recoveries=2)
+    torch.testing.assert_close(first, (ends[0] + 1) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both, (ends[0] + ends[1] + 2) / 4, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(first, both, atol=1e-3)
+
+
+def test_a_gate_leaves_pictures_that_would_hardly_change():
+    model, damaged = random_restorer(), torch.rand(6, 3, 16, 16)
+    recovered = restorer.recover(model, damaged, gate=0.0)
+    change = restorer.distance(recovered, damaged)
+    gate = float(change.sort().values[2:4].mean())  # between the third and the fourth
+    gated = restorer.recover(model, damaged, gate=gate)
+    for i in range(6):
+        assert torch.equal(gated[i], damaged[i] if change[i] < gate else recovered[i])
+
+
+def test_the_sampler_that_earns_most_on_training_pairs_becomes_the_models_own(monkeypatch):
+    """The clean picture is grey; recoveries of two steps are grey, and others far from it. Every
+    second damaged picture is nearly grey, nearer to it than the recovery is."""
+    grey = np.full((16, 16, 3), 128, np.uint8)
+
+    class Source:
+        def __len__(self):
+            return 8
+
+        def pair(self, index, seed):
+            rng = np.random.default_rng(index)
+            spread = 2 if index % 2 else 120
+            noise = rng.integers(-spread, spread, grey.shape)
+            return (grey + noise).astype(np.uint8), grey
+
+    def recover(model, damaged, steps, gate):
+        wrong = 0.05 if steps == 2 else 0.2
+        return torch.full_like(damaged, 0.5) + wrong * torch.randn(damaged.shape)
+
+    monkeypatch.setattr(report, "recover", recover)
+    torch.manual_seed(0)
+    model = random_restorer()
+    report.choose_sampler(model, Source(), lambda x: x.flatten(1), n=8)
+    assert model.config["steps"] == 2 and 0.05 < model.config["gate"] < 0.4
 
 
 # ---------------------------------------------------------------- pairs
@@ -179,8 +232,8 @@ def test_crops_of_photos_follow_from_the_seed_and_are_damaged(lab, tmp_path):
     assert len({clean.tobytes() for _, clean in crops}) == 8 and any(
         (damaged != clean).any() for damaged, clean in crops
     )
-    with pytest.raises(DataError, match="smaller than --side"):
-        pairs.load_source(str(lab.folder / "photos"), 256).pair(0, 0)
+    with pytest.raises(DataError, match=r"0.png: 112 x 112 pixels, smaller than --side 256"):
+        pairs.load_source(str(lab.folder / "photos"), 256)
     with pytest.raises(SystemExit, match="no photos"):
         pairs.load_source(str(lab.folder / "model"), 32)
 
@@ -277,7 +330,7 @@ def test_a_report_says_how_near_recoveries_come(lab, tmp_path, capsys):
     damaged, clean = pairs.held_out(pairs.load_source(str(photos), 16), 5)
     model = restorer.Restorer.from_pretrained(folder).eval()
     seeds = [seed_for(0, i) for i in range(5)]
-    recovered = restorer.recover(model, damaged, 2, seeds)
+    recovered = restorer.recover(model, damaged, seeds, steps=2)
     found = json.loads((out / "report.json").read_text())
     assert found["n"] == 5 and list(found["damaged"]) == ["psnr", "ssim", "r_sem"]
     for name, shown in (("damaged", damaged), ("recovered", recovered)):
@@ -302,7 +355,7 @@ def test_a_report_leaves_undamaged_scenes_out(lab, tmp_path):
 
 
 def test_a_restorers_weights_go_on_at_another_side(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "TRAIN", 20)
+    monkeypatch.setattr(pairs, "SCENES", 20)
     monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
     train_recover.main(
         [
@@ -322,7 +375,7 @@ def test_a_restorers_weights_go_on_at_another_side(lab, tmp_path, monkeypatch):
     assert model.config == restorer.Restorer.from_pretrained(lab.folder / "model").config | {
         "side": 24
     }
-    assert restorer.recover(model, torch.rand(1, 3, 24, 24), 1).shape == (1, 3, 24, 24)
+    assert restorer.recover(model, torch.rand(1, 3, 24, 24)).shape == (1, 3, 24, 24)
 
 
 def test_the_shipped_restorer():
@@ -333,7 +386,7 @@ def test_the_shipped_restorer():
         and model.config["side"] == 32
     )
     damaged, clean = pairs.load_pairs(pairs.Scenes(32, seed=1), range(24), range(24))
-    recovered = restorer.recover(model, damaged, 5)
+    recovered = restorer.recover(model, damaged)
     assert (recovered.clamp(0, 1) - clean).square().mean() < 0.8 * (damaged - clean).square().mean()
 
 
@@ -380,6 +433,7 @@ CHANGES = {
         "--batch 2",
         "--loss eps",
         "--shift 3",
+        "--at-noise 0",
     ],
     "grpo": [
         "--group-size 2",
@@ -387,6 +441,7 @@ CHANGES = {
         "--noise 0.3",
         "--window 1 --early 3",
         "--early 1 --window 1",
+        "--shuffle",
         "--reward-weights 0 1",
         "--beta 5",
         "--mu 2",
@@ -444,7 +499,7 @@ def apart(lab, a: Run, b: Run) -> float:
 
 
 def test_a_new_restorer_starts_from_the_seed_and_of_the_given_side(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "TRAIN", 20), monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
+    monkeypatch.setattr(pairs, "SCENES", 20), monkeypatch.setattr(tiny, "WORLD", tmp_path / "world")
     runs = [Run(tmp_path / str(i)) for i in range(2)]
     for run in runs:
         train_recover.main(
@@ -473,6 +528,114 @@ def test_another_encoder_pays_otherwise(lab, monkeypatch):
         and run.rows[0]["reward/pix"] == base.rows[0]["reward/pix"]
     )
 
+
+# ---------------------------------------------------------------- which way training goes
+
+
+def options(stage: str, **others) -> train_recover.Config:
+    """Of a small step: two pictures, four recoveries of each."""
+    config = train_recover.Config(stage=stage, steps=10, batch=2, lr=2e-3, warmup=1, group_size=4)
+    config.sampling_steps, config.early, config.window = 3, 2, 2
+    for name, value in others.items():
+        setattr(config, name, value)
+    return config
+
+
+def step_of(stage, model, damaged, clean, config=None, step=0, optimizer=None) -> dict[str, float]:
+    """What one step logs; the model is changed."""
+    config = config or options(stage)
+    optimizer = optimizer or build_optimizer(model, config.lr, weight_decay=0.0)
+    given = (config, Runtime(), model, optimizer)
+    seeds = [100 + step, 200 + step]
+    if stage == "sft":
+        return train_recover.fine_tune(*given, step, seeds, damaged, clean)
+    reference = copy.deepcopy(model)
+    encoder = torch.nn.Flatten()
+    return train_recover.reinforce(*given, reference, encoder, step, seeds, damaged, clean)
+
+
+@both
+def test_the_damaged_picture_is_seen(stage):
+    """The same noise and clean pictures beside other damaged ones: another loss, another reward."""
+    clean, *others = torch.rand(3, 2, 3, 16, 16)
+    logged = [step_of(stage, random_restorer(), damaged, clean) for damaged in others]
+    name = "loss" if stage == "sft" else "reward"
+    assert abs(logged[0][name] - logged[1][name]) > 1e-3
+
+
+def test_the_reward_is_against_the_clean_picture(monkeypatch):
+    damaged, clean, seen = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), []
+
+    def terms(pictures, target, encoder):
+        seen.append(target)
+        return {"pix": pictures.mean((1, 2, 3)), "sem": pictures.mean((1, 2, 3))}
+
+    monkeypatch.setattr(rewards, "terms", terms)
+    step_of("grpo", random_restorer(), damaged, clean)
+    assert torch.equal(seen[0], clean.repeat_interleave(4, 0))
+
+
+class Offset(torch.nn.Module):
+    """The exact velocity for clean pictures N(z_c + b, 0.3^2), of which b is to be learnt."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = torch.nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, z_t, z_c, t):
+        t, m = t.view(-1, 1, 1, 1), z_c + self.b
+        variance = (1 - t) ** 2 * 0.3**2 + t**2
+        return (z_t - (1 - t) * m) * (t - (1 - t) * 0.3**2) / variance - m
+
+
+def test_reinforcement_goes_where_the_reward_is(monkeypatch):
+    """Bright pictures are paid for: recoveries become brighter in every colour. Shuffled
+    advantages, the control, take them nowhere near as far."""
+
+    def terms(pictures, target, encoder):
+        brightness = pictures.mean((1, 2, 3))
+        return {"pix": brightness, "sem": torch.zeros_like(brightness)}
+
+    monkeypatch.setattr(rewards, "terms", terms)
+    damaged = clean = torch.full((2, 3, 16, 16), 0.5)
+
+    def learnt(**control) -> torch.Tensor:
+        model = Offset()
+        config = options("grpo", beta=0.0, clip=1.0, group_size=16, lr=0.02, **control)
+        optimizer = build_optimizer(model, config.lr, weight_decay=0.0)
+        for step in range(10):
+            step_of("grpo", model, damaged, clean, config, step, optimizer)
+        return model.b.detach()
+
+    offset, of_control = learnt(), learnt(shuffle=True)
+    assert (offset > 0.04).all() and of_control.abs().mean() < offset.mean() / 2
+
+
+@pytest.mark.parametrize(
+    "stage, flags, message",
+    [
+        ("grpo", "--reward-weights 1", "--reward-weights: give two"),
+        ("grpo", "--group-size 1", "--group-size 1: give at least 2"),
+        ("grpo", "--sampling-steps 1", "--sampling-steps 1: give at least 2"),
+        ("grpo", "--noise 0", "--noise 0.0: give at least"),
+        ("grpo", "--window 3 --early 2", "--window 3 --early 2"),
+        ("sft", "--shift 0", "--shift 0.0: give at least"),
+        ("sft", "--batch 0", "--batch 0: give at least 1"),
+        ("sft", "--side 8", "--side 8: give at least 16"),
+        ("sft", "--side 256", "smaller than --side 256"),
+        ("sft", "--encoder nowhere", "--encoder nowhere"),
+        ("sft", "--data nowhere", "--data nowhere: no photos"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_made(lab, stage, flags, message, capsys):
+    out = lab.folder / "not-begun"
+    with pytest.raises((SystemExit, DataError)) as error:
+        train_recover.main(lab.arguments(stage, flags, out))
+    said = f"{error.value} {capsys.readouterr().err}"
+    assert message in said and not out.exists()
+
+
+# ---------------------------------------------------------------- stopping and going on
 
 LONGER = "--steps 4 --save-every 2"
 
@@ -508,22 +671,8 @@ def test_two_processes_do_what_one_does(lab):
         ("train_recover", lab.arguments(stage, flags, run.out))
         for (stage, flags), run in zip(jobs, runs)
     ]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "tests/two_ranks.py",
-            json.dumps(arguments),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    launch = command(arguments, "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(launch, capture_output=True, timeout=300, **PLACE)
     assert done.returncode == 0, done.stderr[-4000:]
     for (stage, flags), run in zip(jobs, runs):
         ended = [json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)]

@@ -243,6 +243,20 @@ def test_what_is_sampled_depends_on_a_prompts_seed_and_not_on_its_company(
     assert [r.ids for r in smaller[3]] != [r.ids for r in together[3]]
 
 
+def test_a_prompt_that_ends_first_may_stand_first(model, processor):
+    """Rows leave from the front, too: what is left keeps its own seed, positions and columns."""
+    prompts, seeds = data.encode(model, batch_of(processor, 8)), list(range(20, 28))
+    alone = []
+    for prompt, seed in zip(prompts, seeds):
+        alone += rollout.sample_group(model, [prompt], 1, [seed], **options(processor))
+    order = sorted(range(8), key=lambda i: len(alone[i][0].ids))
+    assert len({len(group[0].ids) for group in alone}) > 4
+    together = rollout.sample_group(
+        model, [prompts[i] for i in order], 1, [seeds[i] for i in order], **options(processor)
+    )
+    assert [group[0].ids for group in together] == [alone[i][0].ids for i in order]
+
+
 def test_responses_of_a_group_differ_and_global_random_states_do_not_matter(model, processor):
     prompts = data.encode(model, batch_of(processor, 1))
     torch.manual_seed(0)

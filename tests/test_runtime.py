@@ -8,6 +8,7 @@ This file is also the small training script that the tests start:
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -86,7 +87,7 @@ def train(config: Config, rt: runtime.Runtime) -> Net:
     runtime.broadcast_parameters(net, rt)
     optimizer = runtime.build_optimizer(net, config.lr, weight_decay=0.1)
     first = run.load(net, optimizer)
-    with runtime.Interrupt(rt) as interrupt:
+    with runtime.Interrupt(rt) as interrupt, run.kept(net, Processor(), optimizer):
         for step in range(first + 1, config.steps + 1):
             draws = [random.gauss(0, 1), np.random.standard_normal(), *torch.randn(4).tolist()]
             loss = (net(torch.tensor(draws[:4])) - torch.tensor(draws[3:])).pow(2).sum()
@@ -389,7 +390,7 @@ def test_killed_without_warning(whole, tmp_path):
     process = start(*TORCHRUN, out=out)
     read_until(process, "step     3")
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(20)
+    process.wait(60)
     if sys.platform == "linux":
         process.stdout.read()  # ends when the worker, which holds the other end, is gone
         assert 3 <= len((out / "metrics.jsonl").read_text().splitlines()) < 6
@@ -404,7 +405,7 @@ def test_stopped_in_peace(whole, tmp_path):
     process = start(out=out)
     read_until(process, "step     3")
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=20)[0]
+    said = process.communicate(timeout=60)[0]
     assert process.returncode == 130, said
     assert (
         "ending this step" in said and "with --resume goes on" in said and "Traceback" not in said
@@ -450,6 +451,7 @@ def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
 
     net = Net()  # seeded differently
     runtime.broadcast_parameters(net, rt)
+    runtime.broadcast_parameters(net, rt)  # says nothing: they are the same now
     sums = {name: p.double().sum().item() for name, p in net.named_parameters()}
     assert runtime.sum_over_ranks(sums, rt) == {name: 2 * total for name, total in sums.items()}
 
@@ -472,7 +474,11 @@ def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
     means.add("of a sum", torch.tensor([3.0, 4.0]), count=rt.rank)
     means.add("nothing", 0.0, count=0)
     means.add("share", torch.tensor(True))
-    assert means.over_ranks(rt) == {"share": 3 / 8, "of a sum": 14.0, "nothing": 0.0}
+    means.add_largest("peak", rt.rank)
+    means.add_largest("peak", -5)
+    found = means.over_ranks(rt)
+    assert math.isnan(found.pop("nothing"))
+    assert found == {"share": 3 / 8, "of a sum": 14.0, "peak": 1.0}
 
     half = [
         nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)),
@@ -521,6 +527,8 @@ def test_two_processes(tmp_path):
     said = process.communicate(timeout=100)[0]
     assert process.returncode == 0, said
     assert said.count("step     1") == 2  # of each run one line, not one for each rank
+    told = "the weights that 1 process(es) had read differed: all go on with those of rank 0"
+    assert said.count(told) == 4  # at the start, and of each of three runs
     assert_same_run(tmp_path / "run-whole", tmp_path / "run-parts")
     folder = run_folder.checkpoints(tmp_path / "run-whole")[-1]
     ranks = [
@@ -634,6 +642,72 @@ def test_help_shows_defaults_and_the_docstring_as_it_is(capsys):
         and "--no-tree" in said
         and "{grpo,dapo}" in said
     )
+
+
+def test_three_steps_without_a_finite_gradient_end_a_run(tmp_path, capsys):
+    """Each is skipped, and told in the metrics; a fine one in between starts the count anew."""
+    run = run_folder.RunFolder(Config(out=str(tmp_path), steps=20, save_every=0), ALONE)
+    net = Net()
+    optimizer = runtime.build_optimizer(net, 0.1, 0.1)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for step, gradient in enumerate([1.0, math.nan, math.inf, 1.0, -math.inf, math.nan], start=1):
+        net.layer.weight.grad = torch.full((3, 4), gradient)
+        norm = runtime.update(optimizer, ALONE, 0.1, max_grad_norm=1.0)
+        assert math.isfinite(norm) == (gradient == 1.0) and net.layer.weight.grad is None
+        same = torch.equal(net.layer.weight, before["layer.weight"])
+        assert same == (gradient != 1.0)
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        run.log(step, {"grad_norm": norm}, "x")
+        run.end_step(step, False, net, Processor(), optimizer)
+        assert not run_folder.checkpoints(tmp_path)
+    run.log(7, {"grad_norm": math.nan}, "")
+    with pytest.raises(SystemExit, match="last 3 steps were not finite.*after step 7"):
+        run.end_step(7, False, net, Processor(), optimizer)
+    assert [folder.name for folder in run_folder.checkpoints(tmp_path)] == ["step-000007"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 1, 1] and rows[1][
+        "grad_norm"
+    ] is None
+
+
+def test_save_every_0_is_never_but_at_the_end(tmp_path):
+    train(Config(out=str(tmp_path / "run"), save_every=0), ALONE)
+    assert [folder.name for folder in run_folder.checkpoints(tmp_path / "run")] == ["step-000006"]
+
+
+@pytest.mark.parametrize("when, kept", [("before", 3), ("after", 2)])
+def test_an_error_does_not_lose_the_steps_that_were_done(
+    whole, tmp_path, monkeypatch, capsys, when, kept
+):
+    """Before the optimizer's step the weights are those of the last one; after it, of none."""
+    out, update = tmp_path / "run", torch.optim.AdamW.step
+    steps = iter(range(1, 100))
+
+    def fail(*args, **options):
+        now = next(steps) == 4
+        if now and when == "before":
+            raise RuntimeError("out of memory")
+        update(*args, **options)
+        if now:
+            raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        train(Config(out=str(out)), ALONE)
+    said = f"RuntimeError in step 4: --resume goes on from step-{kept:06d}"
+    assert said in capsys.readouterr().out
+    assert run_folder.checkpoints(out)[-1].name == f"step-{kept:06d}"
+    train(Config(out=str(out), resume=True), ALONE)
+    assert_same_run(whole, out)
+
+
+def test_a_start_that_fails_does_not_occupy_its_folder(whole, tmp_path):
+    """Nor does the list of bad records that it left speak of the data of the next start."""
+    run_folder.RunFolder(Config(out=str(tmp_path / "run"), lr=5.0), ALONE)
+    (tmp_path / "run" / "skipped.json").write_text("{}")
+    train(Config(out=str(tmp_path / "run")), ALONE)
+    assert not (tmp_path / "run" / "skipped.json").exists()
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_log_writes_plain_json_and_one_line(tmp_path, capsys):

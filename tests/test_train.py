@@ -2,9 +2,11 @@
 their flags change, how they stop and go on, and that several processes do what one does."""
 
 import json
+import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -20,7 +22,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import train_grpo
 import train_sft
-from rr1 import data, records, rollout, run_folder, tiny, vlm
+from degrade import Degradation
+from rr1 import data, grpo, records, rewards, rollout, run_folder, runtime, tiny, training, vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": train_sft, "grpo": train_grpo}
@@ -245,7 +248,8 @@ def changed(lab, base, run):
 def close(lab, base, run):
     assert lab.apart(run, base) < 1e-3
     for a, b in zip(base.rows, run.rows, strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        a, b = ({k: math.nan if v is None else v for k, v in row.items()} for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
 def hardly_moved(lab, base, run):
@@ -310,6 +314,7 @@ FLAGS = {
         ("", "--batch 3", has(tokens=lambda a, b: b["tokens"] < a["tokens"])),
         ("", "--micro-batch 4", close),
         ("", "--save-every 1", two_checkpoints),
+        ("", "--save-every 0", lambda lab, base, run: equal(base, run)),
         ("", "--max-pixels 6272", saves_pixels(784, 6272)),
         ("", "--min-pixels 20000 --max-pixels 50000", saves_pixels(20000, 50000)),
     ],
@@ -322,6 +327,7 @@ FLAGS = {
         ("", "--max-grad-norm 1e-8", hardly_moved),
         ("", "--micro-batch 1", close),
         ("", "--save-every 1", two_checkpoints),
+        ("", "--save-every 0", lambda lab, base, run: equal(base, run)),
         ("", "--max-pixels 6272", saves_pixels(784, 6272)),
         ("", "--min-pixels 20000 --max-pixels 50000", saves_pixels(20000, 50000)),
         ("", "--prompts 2", changed),
@@ -372,6 +378,9 @@ ELSEWHERE = {
     "max_image_tokens",
     "shard",
     "workers",
+    "eval_every",
+    "eval_data",
+    "eval_records",
 }  # other tests, or every run
 
 
@@ -392,6 +401,8 @@ def test_no_flag_is_forgotten_above(script):
         for word in row[1].split()
         if word.startswith("--")
     }
+    if script == "sft":
+        seen.add("max_new_tokens")  # of held-out answers
     assert seen | ELSEWHERE == {f.name for f in fields(SCRIPTS[script].Config)}
 
 
@@ -621,16 +632,176 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(
     assert_same_end(run, whole)
 
 
+# ---------------------------------------------------------------- nothing done is lost
+
+
+@both
+def test_data_that_stop_a_start_do_not_occupy_the_folder(lab, no_plots, script, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{broken\n")
+    run = Run(lab.new_folder())
+    arguments = lab.arguments(script, "", run.out)
+    with pytest.raises(records.DataError, match=r"bad\.jsonl:1: not JSON"):
+        SCRIPTS[script].main([*arguments, "--data", str(tmp_path / "bad.jsonl")])
+    SCRIPTS[script].main(arguments)
+    assert equal(run, lab.run(script))
+
+
+@both
+def test_an_error_saves_the_steps_before_it(lab, no_plots, monkeypatch, capsys, script):
+    """A reward that raises; a picture that is gone."""
+    whole, run = lab.run(script, LONGER), Run(lab.new_folder())
+    arguments = lab.arguments(script, LONGER + " --save-every 4", run.out)
+    name, calls = {"sft": ("encode", 1), "grpo": ("load_batch", 1)}[script][0], []
+    original = getattr(data, name)
+
+    def fail(*args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError("the disk is gone")
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(data, name, fail)
+        SCRIPTS[script].main(arguments)
+    assert run.checkpoints == ["step-000003"]
+    assert "OSError in step 4: --resume goes on from step-000003" in capsys.readouterr().out
+    SCRIPTS[script].main([*arguments, "--resume"])
+    assert_same_end(run, whole)
+
+
+@both
+def test_a_gradient_that_is_not_finite_is_skipped_and_three_end_the_run(
+    lab, no_plots, monkeypatch, script
+):
+    broken = {"sft": (train_sft, "sft_loss"), "grpo": (grpo, "policy_loss")}[script]
+    loss_of, calls, bad = getattr(*broken), [], {2}
+
+    def break_loss(*args, **options):
+        calls.append(1)
+        found = loss_of(*args, **options)
+        if len(calls) not in bad:
+            return found
+        return found * math.nan if script == "sft" else (found[0] * math.nan, found[1])
+
+    monkeypatch.setattr(*broken, break_loss)
+    run = Run(lab.new_folder())
+    SCRIPTS[script].main(lab.arguments(script, "--steps 3", run.out))
+    assert [row["skipped"] for row in run.rows] == [0, 1, 0]
+    assert run.rows[1]["grad_norm"] is None and run.rows[2]["grad_norm"] > 0
+    assert all(tensor.isfinite().all() for tensor in run.weights.values())
+
+    calls.clear()
+    bad.update({2, 3, 4})
+    run = Run(lab.new_folder())
+    with pytest.raises(SystemExit, match="gradients of the last 3 steps were not finite"):
+        SCRIPTS[script].main(lab.arguments(script, "--steps 9", run.out))
+    assert run.checkpoints == ["step-000004"] and len(run.rows) == 4
+
+
+# ---------------------------------------------------------------- held-out records
+
+WATCH = "--eval-every 2 --eval-records 7 --steps 3"
+
+
+def watched(lab, script: str, flags: str = "") -> Run:
+    return lab.run(script, f"{WATCH} --eval-data {lab.world}/test.jsonl {flags}")
+
+
+@both
+def test_held_out_answers_are_greedy_and_judged_by_the_rewards(lab, no_plots, script):
+    """The last look at the model that was written, one record at a time by the library."""
+    run = watched(lab, script)
+    looks = [row for row in run.rows if "eval/accuracy" in row]
+    assert [row["step"] for row in looks] == [0, 2, 3]
+    model, processor = vlm.load(str(run.out / "model"))
+    found = records.read(lab.world / "test.jsonl")[:7]
+    r_len, answers, pairs, named = [], [], 0, 0
+    for record in found:
+        batch = data.load_batch([record], processor)
+        ids = torch.tensor(batch.ids)
+        written = model.generate(
+            input_ids=ids,
+            pixel_values=batch.pixel_values,
+            image_grid_thw=batch.grid_thw,
+            mm_token_type_ids=(ids == processor.image_token_id).int(),
+            do_sample=False,
+            max_new_tokens=12 if script == "grpo" else 128,
+            suppress_tokens=processor.banned_ids,
+            eos_token_id=processor.end_id,
+        )[0, len(batch.ids[0]) :].tolist()
+        truncated = written[-1] != processor.end_id
+        length = len(written) - (not truncated)
+        y = rewards.Response(processor.decode(written), length, truncated)
+        r_len.append(rewards.r_len(length, data.true_length(record, processor)))
+        pairs += rewards.match_types(y.chain.degradations, record["degradations"])[0]
+        named += len(y.chain.degradations) + len(record["degradations"])
+        if record["answer"] is not None:
+            answers.append(rewards.accuracy(y, record))
+    assert looks[-1]["eval/reward/len"] == pytest.approx(sum(r_len) / 7, abs=1e-9)
+    assert looks[-1]["eval/f1"] == pytest.approx(2 * pairs / named)
+    assert looks[-1]["eval/accuracy"] == sum(answers) / len(answers)
+    assert looks[0]["eval/reward/len"] != looks[-1]["eval/reward/len"]
+
+
+def test_right_answers_are_counted_by_the_total_intensity(processor):
+    """none, below .75, below 1.5, and above; types by F1 over all records."""
+    means = runtime.Means()
+    cases = [
+        ([], "yes", 1.0),
+        ([0.3], "yes", 1.0),
+        ([0.7, 0.1], "no", 0.0),
+        ([1.0, 0.6], "yes", 1.0),
+    ]
+    for intensities, answer, _ in cases:
+        true = [Degradation(t, s) for t, s in zip(("noise", "rain"), intensities)]
+        y = rewards.Response(f"<TYPE>noise(0.30)<TYPE_END>\n<ANSWER>{answer}<ANSWER_END>", 9)
+        record = {"degradations": true, "answer": "yes", "choices": None, "length": 9}
+        training.judge(means, y, record, rewards.load_rewards(["len"]))
+    found = means.over_ranks(runtime.Runtime())
+    levels = {level: right for level, (_, _, right) in zip(training.LEVELS, cases)}
+    assert {level: found[f"accuracy/{level}"] for level in levels} == levels
+    assert found["accuracy"] == 0.75 and found["reward/len"] == 1.0
+    assert found["f1"] == 2 * 3 / (4 + 5)
+
+
+@both
+def test_looking_changes_nothing_that_is_learnt(lab, no_plots, script):
+    assert equal(watched(lab, script), lab.run(script, "--steps 3"))
+
+
+def test_a_plain_model_is_watched_too(lab, no_plots):
+    row = watched(lab, "sft", "--plain").rows[-1]
+    assert {"eval/accuracy", "eval/accuracy/strong"} <= row.keys() and "eval/f1" not in row
+
+
 # ---------------------------------------------------------------- several processes
 
 
+def collectives(run: Run) -> dict[str, int]:
+    """Of a run of two processes that ended with the same weights."""
+    ended = [json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)]
+    assert ended[0] == ended[1], "the ranks' weights or their numbers of collectives differ"
+    return ended[0]["calls"]
+
+
+def command(jobs: list, *options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+    return [*launcher, "tests/two_ranks.py", json.dumps(jobs)]
+
+
+PLACE = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+
+
 def test_two_processes_do_what_one_does(lab, no_plots):
-    """gloo; the same weights on both ranks, those of one process on the joint batch, and as many
-    collectives for other data."""
+    """gloo; the same weights on both ranks, those of one process on the joint batch, as many
+    collectives for other data, and the same look at held-out records."""
+    watch = f"{WATCH} --eval-data {lab.world}/test.jsonl"
     jobs = [
         ("sft", ""),
         ("grpo", "--prompts 4 --micro-batch 1"),
         ("grpo", "--prompts 4 --micro-batch 1 --seed 1 --max-new-tokens 5"),
+        ("grpo", f"{watch} --prompts 4 --loss dapo --mask-truncated"),
+        ("sft", f"{watch} --eval-records 1"),
     ]
     runs = [Run(lab.new_folder().with_name(f"two{i}")) for i in range(len(jobs))]
     arguments = [
@@ -638,27 +809,66 @@ def test_two_processes_do_what_one_does(lab, no_plots):
         for (script, flags), run in zip(jobs, runs)
     ]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "tests/two_ranks.py",
-            json.dumps(arguments),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
+        command(arguments, "--standalone", "--nproc-per-node", "2"),
         capture_output=True,
-        text=True,
-        timeout=120,
+        timeout=300,
+        **PLACE,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    calls = []
+    assert "had read differed" not in done.stdout
     for (script, flags), run in zip(jobs, runs):
-        ended = [json.loads((run.out / f"rank-{rank}-ended.json").read_text()) for rank in (0, 1)]
-        assert ended[0] == ended[1], "the ranks' weights or their numbers of collectives differ"
-        calls.append(ended[0]["calls"])
         close(lab, lab.run(script, flags), run)
+    calls = [collectives(run) for run in runs]
     assert calls[1] == calls[2] and calls[0]["all_reduce"] > 0
+
+
+def test_where_one_process_fails_the_first_one_saves(lab, no_plots):
+    """The other's picture is gone in step 3; what two processes had done one process finishes."""
+    flags, run = "--prompts 4 --steps 4", Run(lab.new_folder())
+    arguments = lab.arguments("grpo", flags, run.out)
+    done = subprocess.run(
+        command([("train_grpo", arguments)], "--standalone", "--nproc-per-node", "2"),
+        capture_output=True,
+        timeout=300,
+        **PLACE | {"env": PLACE["env"] | {"FAIL": "1"}},
+    )
+    assert done.returncode != 0 and "the disk is gone" in done.stderr
+    assert "in step 3: --resume goes on from step-000002" in done.stdout
+    assert run.checkpoints == ["step-000002"]
+    train_grpo.main([*arguments, "--resume"])
+    close(lab, lab.run("grpo", flags), run)
+
+
+def test_two_nodes_do_what_one_process_does(lab, no_plots):
+    """Two launchers that meet at an address, one process each. The second one reads other weights
+    than the first, as from a folder that changed in between: it is told so, and learns with the
+    first one's."""
+    jobs = [("grpo", "--prompts 4 --micro-batch 1"), ("sft", "")]
+    runs = [Run(lab.new_folder().with_name(f"node{i}")) for i in range(len(jobs))]
+    arguments = [
+        (f"train_{script}", lab.arguments(script, flags, run.out))
+        for (script, flags), run in zip(jobs, runs)
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "two", "--rdzv-backend", "c10d"]
+    nodes = []
+    for node in (0, 1):
+        options = [*meet, "--rdzv-endpoint", f"127.0.0.1:{port}", "--node-rank", str(node)]
+        environment = PLACE["env"] | {"OTHER_WEIGHTS": "1"}
+        nodes.append(
+            subprocess.Popen(
+                command(arguments, *options, "--local-addr", "127.0.0.1"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                **PLACE | {"env": environment},
+            )
+        )
+    said = [process.communicate(timeout=300)[0] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], "".join(said)[-4000:]
+    told = "the weights that 1 process(es) had read differed: all go on with those of rank 0"
+    assert "".join(said).count(told) == 2
+    for (script, flags), run in zip(jobs, runs):
+        collectives(run)
+        close(lab, lab.run(script, flags), run)

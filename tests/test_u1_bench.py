@@ -1,7 +1,9 @@
 """The tables of bench/u1.py from hand-made scores and predictions."""
 
 import json
+from types import SimpleNamespace
 
+import judge
 import numpy as np
 import pytest
 import torch
@@ -47,19 +49,19 @@ def test_what_recovery_gains_by_hand():
 
 def test_the_judge_counts_things_that_are_right_in_shape_and_colour():
     scenes = [world.sample_scene(np.random.default_rng(i)) for i in range(6)]
-    truth = u1.things(scenes)
+    truth = judge.things(scenes)
     assert truth.shape == (6, 2, 2)
-    assert [int((row < len(u1.KINDS)).sum()) for row in truth] == [len(s.things) for s in scenes]
+    assert [int((row < len(judge.KINDS)).sum()) for row in truth] == [len(s.things) for s in scenes]
     wrong = truth.clone()
-    first = (truth[0] < len(u1.KINDS)).nonzero()[0]
-    wrong[0, first[0], first[1]] = (truth[0, first[0], first[1]] + 1) % len(u1.KINDS)
+    first = (truth[0] < len(judge.KINDS)).nonzero()[0]
+    wrong[0, first[0], first[1]] = (truth[0, first[0], first[1]] + 1) % len(judge.KINDS)
 
-    def judge(pictures):
-        return torch.nn.functional.one_hot(wrong, len(u1.KINDS) + 1).permute(0, 3, 1, 2)
+    def reader(pictures):
+        return torch.nn.functional.one_hot(wrong, len(judge.KINDS) + 1).permute(0, 3, 1, 2)
 
     expected = [1 - 1 / len(scenes[0].things)] + [1] * 5
-    assert u1.read_right(judge, torch.zeros(6, 3, 8, 8), truth) == pytest.approx(expected)
-    assert u1.new_judge()(torch.rand(2, 3, 32, 32)).shape == (2, len(u1.KINDS) + 1, 2, 2)
+    assert judge.read_right(reader, torch.zeros(6, 3, 8, 8), truth) == pytest.approx(expected)
+    assert judge.new_judge()(torch.rand(2, 3, 32, 32)).shape == (2, len(judge.KINDS) + 1, 2, 2)
 
 
 def answers(correct: int, n: int = 200) -> list[dict]:
@@ -85,15 +87,36 @@ def answers(correct: int, n: int = 200) -> list[dict]:
 
 
 def test_the_tables_of_stage_3_by_hand():
-    """The recovered picture answers ten of 200 more than the chain; all others as many."""
-    models = {name: answers(160 if name == "recovered" else 150) for name in u1.ROWS}
-    now, less = u1.answer_tables(models).split("Each less `chain`")
+    """Both pictures answer ten of 200 more than one, with a chain and without; the rest as many."""
+    more = ("both", "chain-both")
+    models = {name: answers(160 if name in more else 150) for name in [*u1.ROWS, "sum"]}
+    now, less = u1.answer_tables(models).split("Each less the same")
     assert "200 held-out damaged scenes" in now and "0.750 [0.686, 0.805] n 200" in now
-    recovered = next(line for line in less.splitlines() if "recovered (stage 3): I_c, I_r" in line)
-    twice = next(line for line in less.splitlines() if "twice: I_c, I_c" in line)
-    assert "**+0.050 [" in recovered and "+0.000 [+0.000, +0.000]" in twice
+    for title in ("the question: I_c, I_r", "a chain: I_c, I_r"):
+        assert "**+0.050 [" in next(line for line in less.splitlines() if f"| {title} " in line)
+    for title in ("a chain: I_c, I_c", u1.SUM):
+        line = next(line for line in less.splitlines() if f"| {title} " in line)
+        assert "+0.000 [+0.000, +0.000]" in line
     with pytest.raises(SystemExit, match="same records"):
-        u1.answer_tables(models | {"base": models["base"][:-1]})
+        u1.answer_tables(models | {"both": models["both"][:-1]})
+
+
+def test_logits_of_two_pictures_are_added(tmp_path, monkeypatch):
+    """The damaged picture says b by 1, the recovered one a by 2: together a."""
+    monkeypatch.setattr(u1, "write_shown", lambda out, split, kind: kind)
+    monkeypatch.setattr(u1.records, "read", lambda kind: [kind])
+    processor = SimpleNamespace(response_ids=lambda text: [ord(text)])
+    monkeypatch.setattr(u1.vlm, "load", lambda name: (None, processor))
+    monkeypatch.setattr(u1.data, "load_batch", lambda rows, processor, plain: rows[0])
+    monkeypatch.setattr(u1.data, "encode", lambda model, batch: batch)
+
+    def group_logps(model, kind, options):
+        likely = {"c": [-2.0, -1.0], "r": [-1.0, -3.0]}[kind]
+        return torch.tensor(likely)[:, None], torch.ones(2, 1), None
+
+    monkeypatch.setattr(u1.vlm, "group_logps", group_logps)
+    [row] = u1.added_logits([answers(0, n=1)[0] | {"plain": True}], tmp_path)
+    assert row["response"] == "a" and row["score"] == 1
 
 
 def test_records_show_what_is_asked_for(tmp_path):

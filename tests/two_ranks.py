@@ -7,14 +7,43 @@ writes what it ended with and how many collectives it took part in to OUT/rank-N
 import hashlib
 import importlib
 import json
+import os
 import sys
 
 import torch.distributed as dist
 
-from rr1 import run_folder, runtime
+from rr1 import data, run_folder, runtime, vlm
+
+
+def fail_in_step_3() -> None:
+    encode, calls = data.encode, []
+
+    def fail(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the disk is gone")
+        return encode(*args)
+
+    data.encode = fail
+
+
+def read_other_weights() -> None:
+    load = vlm.load
+
+    def load_others(*args, **options):
+        model, processor = load(*args, **options)
+        for p in model.parameters():
+            p.data += 1
+        return model, processor
+
+    vlm.load = load_others
 
 
 def main() -> None:
+    if os.environ.get("FAIL") and os.environ["RANK"] == "1":
+        fail_in_step_3()
+    if os.environ.get("OTHER_WEIGHTS") and os.environ["RANK"] == "1":
+        read_other_weights()
     calls = {name: 0 for name in ("all_reduce", "broadcast", "barrier")}
 
     def counted(name, function):

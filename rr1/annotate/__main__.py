@@ -50,8 +50,8 @@ class Config:
     out: str = opt("runs/data", "folder to write; where it is begun, it is gone on with")
     limit: int = opt(0, "only the first so many questions; 0: all")
     # the damage, and the chain's length
-    low: int = opt(1, "fewest types a photo")
-    high: int = opt(4, "most types a photo (Figure 4 shows 7)")
+    low: int = opt(1, "fewest types a photo; 0: some stay clean", high=16)
+    high: int = opt(4, "most types a photo (Figure 4 shows 7)", high=16)
     words: list[int] = opt([40, 40], "Eq. (7): words at total intensity 0, and more for each 1")
     seed: int = opt(0, "fixes types, intensities and damage")
     no_chains: bool = opt(False, "for GRPO: picture, damage and a length, no chain and no teacher")
@@ -59,14 +59,14 @@ class Config:
     # the teacher
     teacher: str = opt("template", "template: offline; otherwise the model's name at --base-url")
     base_url: str = opt("", "OpenAI-compatible endpoint; empty: OpenAI's. Key: OPENAI_API_KEY")
-    max_tokens: int = opt(1024, "longest answer; a longer one is cut off and rejected")
+    max_tokens: int = opt(1024, "longest answer; a longer one is cut off and rejected", low=1)
     retry_rejected: bool = opt(False, "ask again for what is in rejected.jsonl")
     dry_run: bool = opt(False, "one question's prompts, and what all would cost; asks nothing")
     # how it is asked, and what it may cost
-    workers: int = opt(8, "questions worked on at once")
+    workers: int = opt(8, "questions worked on at once", low=1)
     per_minute: float = opt(0.0, "most requests a minute; 0: as many as will go")
     retries: int = opt(6, "how often a request is repeated after 429, 5xx, silence or garbage")
-    timeout: float = opt(120.0, "seconds of silence after which a request has failed")
+    timeout: float = opt(120.0, "seconds of silence after which a request has failed", low=0.1)
     price_in: float = opt(0.0, "dollars for a million tokens read by the teacher")
     price_out: float = opt(0.0, "dollars for a million tokens written by the teacher")
     max_cost: float | None = opt(None, "most dollars for all answers in --out together")
@@ -88,10 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         dry_run(config, to_do(config, Folder(out), sources, wanted))
         return
+    client = make_client(config)
     with begun(out, asdict(config), FREE, defaults=asdict(Config())):
         folder = Folder(out)
         todo = to_do(config, folder, sources, wanted)
-        teacher = make_teacher(config)
+        teacher = template_teacher
+        if client:
+            prices = (config.price_in, config.price_out)
+            teacher = ChatTeacher(client, out / "answers.jsonl", prices, config.max_cost)
         problem = work(config, folder, todo, teacher)
         rows = folder.finish([source.id for source in sources])
         if rows and not config.no_chains:
@@ -131,9 +135,8 @@ def to_do(
 
 def check(config: Config) -> None:
     """SystemExit for a command line that cannot be meant."""
-    if not 0 <= config.low <= config.high <= 16:
-        given = f"--low {config.low} --high {config.high}"
-        raise SystemExit(f"{given}: expected 0 <= low <= high <= 16, the number of types")
+    if config.low > config.high:
+        raise SystemExit(f"--low {config.low} --high {config.high}: expected low <= high")
     for name, given in (("words", config.words), ("tokens", config.tokens)):
         if len(given) != 2:
             expected = f"two numbers, {name} at total intensity 0 and more for each 1 of it"
@@ -149,10 +152,10 @@ def check(config: Config) -> None:
         raise SystemExit(f"{what}, in dollars for a million tokens")
 
 
-def make_teacher(config: Config):
+def make_client(config: Config) -> ChatClient | None:
     if config.teacher == "template":
-        return template_teacher
-    client = ChatClient(
+        return None
+    return ChatClient(
         config.teacher,
         config.base_url,
         max_tokens=config.max_tokens,
@@ -160,8 +163,6 @@ def make_teacher(config: Config):
         retries=config.retries,
         timeout=config.timeout,
     )
-    prices = (config.price_in, config.price_out)
-    return ChatTeacher(client, Path(config.out, "answers.jsonl"), prices, config.max_cost)
 
 
 def write_card(config: Config, folder: Folder, rows: list[dict], teacher) -> str:

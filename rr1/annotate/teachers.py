@@ -77,10 +77,11 @@ def template_teacher(
     step: str, images: Sequence[np.ndarray] = (), attempt: int = 0, **fields: Any
 ) -> str:
     """The offline teacher: ready sentences, as many as the length calls for."""
+    worst_first = sorted(fields.get("degradations", []), key=lambda d: -d.intensity)
     if step == "influence":
-        sentences = _influence(fields["degradations"])
+        sentences = _influence(worst_first)
     elif step == "reasoning":
-        sentences = _reasoning(fields["degradations"], fields["truth"])
+        sentences = _reasoning(worst_first, fields["truth"])
     elif step == "conclusion":
         sentences = [
             f"the answer is {fields['truth'].answer_text}.",
@@ -93,7 +94,7 @@ def template_teacher(
 
 def _influence(degradations: list[Degradation]) -> list[str]:
     effects, looks, hides = read_effects(), [], []
-    for type, s in _strongest_first(degradations):
+    for type, s in degradations:
         effect, hidden, _ = effects[type]
         severity = "slight" if s < 1 / 3 else "clear" if s < 2 / 3 else "strong"
         looks.append(f"{severity} {type}: {effect}.")
@@ -107,7 +108,7 @@ def _reasoning(degradations: list[Degradation], truth: Truth) -> list[str]:
         f"the question is: {truth.question.rstrip('?.')}.",
     ]
     effects = read_effects()
-    for type, _ in _strongest_first(degradations):
+    for type, _ in degradations:
         instead = effects[type][2]
         sentences.append(f"without the {type}, {instead}, and what it concealed can be made out.")
     others = [choice for choice in truth.choices or () if choice != truth.answer_text]
@@ -117,10 +118,6 @@ def _reasoning(degradations: list[Degradation], truth: Truth) -> list[str]:
         "what is still visible is compared with what the question asks for, part by part."
     )
     return sentences
-
-
-def _strongest_first(degradations: list[Degradation]) -> list[Degradation]:
-    return sorted(degradations, key=lambda d: -d.intensity)
 
 
 def _shortened(chain: Chain, words: int) -> Chain:

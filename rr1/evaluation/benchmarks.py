@@ -3,7 +3,8 @@
     *.tsv     MMMB, MMStar, RealWorldQA, R-Bench-Dis and any other in VLMEvalKit's form
     *.csv     R-Bench's own Ref_Release.csv (UTF-8 or GB18030), beside its folder dis_image: choice
               and open questions, captions
-    *.json    A-OKVQA, beside a COCO folder (--images): each question with its choices, and again
+    *.json, *.jsonl
+              A-OKVQA, beside a COCO folder (--images): each question with its choices, and again
               without them (direct answer)
 
     python evaluate.py --benchmark MMStar.tsv --levels 0.25 0.5 1
@@ -47,9 +48,7 @@ GROUPS = {
 }
 
 
-def read(
-    path: str | Path, images: str | Path | None, cache: Path, skip_bad: bool = False
-) -> tuple[list[dict], list[str]]:
+def read(path: str | Path, images: str | Path | None, cache: Path, skip_bad: bool = False) -> tuple:
     """The records of a benchmark, and what is to be said about them.
 
     `images`: the folder of its pictures (default: the file's own); `cache`: where pictures that
@@ -58,11 +57,12 @@ def read(
     of its options is kept, and never right.
     """
     path = Path(path)
-    readers = {".tsv": read_tsv, ".csv": read_r_bench, ".json": read_a_okvqa}
+    readers = {".tsv": read_tsv, ".csv": read_r_bench}
+    readers |= {".json": read_a_okvqa, ".jsonl": read_a_okvqa}
     if not path.is_file() or path.suffix not in readers:
         endings = ", ".join(readers)
         raise SystemExit(f"--benchmark {path}: expected a file that ends in {endings}")
-    bad: list[str] = []
+    bad = []
     folder = Path(images) if images else path.parent
     questions = readers[path.suffix](path, folder, cache, bad if skip_bad else None)
     if not questions:
@@ -117,7 +117,7 @@ def decode(path: Path) -> str:
         raise DataError(f"{path}: neither UTF-8 nor GB18030 ({error})") from error
 
 
-def read_r_bench_row(row: dict[str, str]) -> dict:
+def read_r_bench_row(row: dict) -> dict:
     if row["type"] not in FORMS or row["strength"] not in STRENGTHS:
         came = f"type is {row['type']!r} and strength {row['strength']!r}"
         raise ValueError(f"{came}; expected MCQ, VQA or CAP and 1, 2 or 3")
@@ -143,7 +143,7 @@ def name_of_distortion(number: str) -> str:
     return f"{int(number):02} {step}, {group}"
 
 
-def read_options(choice: str) -> dict[str, str]:
+def read_options(choice: str) -> dict:
     """`A.running; B.Play football` -> {letter: text}."""
     _, *parts = OPTION.split(choice)
     texts = [text.strip(" ;\uff1b") for text in parts[1::2]]

@@ -35,7 +35,7 @@ CURVES = {
 Groups = dict[str, list[Path]]
 
 
-def read_run(folder: Path) -> tuple[dict, list[dict]]:
+def read_run(folder: Path) -> tuple:
     """A run's settings, without what does not make a setting, and its rows of metrics."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ def figure_6(judged: Rows, seed: int = 0) -> dict:
     }
 
 
-def type_f1_by_level(hurt: Rows, seed: int) -> dict[str, dict]:
+def type_f1_by_level(hurt: Rows, seed: int) -> dict:
     by_level = grouped(hurt, map(strength, hurt))
     found = {}
     for level in LEVELS:
@@ -103,7 +103,7 @@ def length_points(judged: Rows) -> list[tuple]:
 
 def curve(points: list[tuple], names: Sequence[str], seed: int) -> list[dict]:
     """Points (bin, x .., y) -> for each bin the mean of each x, by name, and of y an estimate."""
-    bins: dict[int, list] = {}
+    bins = {}
     for place, *values in points:
         bins.setdefault(place, []).append(values)
     found = []

@@ -2,14 +2,13 @@
 
 Each has one message; bars and bands are 95 % intervals.
 
-    table_1.png              are answers right, by form and total intensity?
+    table_1.png              are answers right, by form of question and strength of the damage?
     table_2.png              how fast does accuracy fall as the damage grows?
     figure_6a_types.png      which type of damage is taken for which?
     figure_6a_intensity.png  is the intensity read right?
     figure_6b_length.png     does the chain grow with the damage, as the true one does?
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,95 +42,69 @@ def draw_all(reports: Reports, out: Path) -> list[str]:
     return list(plots)
 
 
-def color_of(name: str, reports: Reports) -> str:
-    """A model keeps its colour in all plots."""
-    return COLORS[list(reports).index(name) % len(COLORS)]
-
-
 def new_axes(width: float, height: float, **labels) -> Axes:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.add_subplot(**labels)
     axes.grid(alpha=0.25, axis="y")
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 
 
-def values(estimates: Sequence[dict], key: str = "value") -> np.ndarray:
+def values(estimates: list[dict], key: str = "value") -> np.ndarray:
     return np.array([estimate[key] for estimate in estimates])
 
 
-def error_bars(estimates: Sequence[dict]) -> np.ndarray:
-    """(2, n): from the value down to the interval's low end and up to its high one."""
-    middle = values(estimates)
-    bars = np.stack([middle - values(estimates, "low"), values(estimates, "high") - middle])
-    return bars.clip(min=0)
-
-
-def draw_curve(axes: Axes, x: np.ndarray, estimates: list[dict], color: str, label: str) -> None:
+def draw(axes: Axes, x: np.ndarray, estimates: list, place: int, label: str, line: str = "-"):
+    """Values with their intervals; the model at a place has its colour in all plots."""
+    value = values(estimates)
+    errors = np.stack([value - values(estimates, "low"), values(estimates, "high") - value])
     axes.errorbar(
         x,
-        values(estimates),
-        error_bars(estimates),
-        color=color,
-        marker="o",
+        value,
+        errors.clip(min=0),  # (2, n)
+        color=COLORS[place % len(COLORS)],
+        fmt="o" + line,
         markersize=5,
         capsize=3,
         label=label,
     )
+    axes.legend(frameon=False, fontsize=9)
 
 
 def table_1(reports: Reports) -> Figure:
-    """Grouped bars: a bar a model in each cell, with n below."""
+    """A point a model in each cell, with n below."""
     title = "Right answers by form of question and strength of the damage"
     axes = new_axes(10, 4.2, title=title, ylabel="share right (captions: F1)")
-    first = next(iter(reports.values()))
-    keys = [key for key in first["table_1"] if key not in ("overall", "per question")]
-    order = np.arange(len(keys))
-    centres = order + order // (len(keys) // 3) * 0.5  # a gap between the three forms
-    width = 0.8 / len(reports)
-    counts = np.zeros(len(keys), int)
-    for i, (name, report) in enumerate(reports.items()):
-        cells = [report["table_1"][key] for key in keys]
-        n = values(cells, "n")
-        counts = np.maximum(counts, n)
-        there = [cell for cell in cells if cell["n"]]
-        overall = report["table_1"]["overall"]["value"]
-        axes.bar(
-            centres[n > 0] + (i - (len(reports) - 1) / 2) * width,
-            values(there),
-            width * 0.95,
-            color=color_of(name, reports),
-            label=name if overall is None else f"{name} (overall {overall:.3f})",
-            yerr=error_bars(there),
-            error_kw={"elinewidth": 1, "ecolor": "#333333"},
-        )
-    names = [key.replace(" ", "\n") + f"\nn {count}" for key, count in zip(keys, counts)]
-    axes.set_xticks(centres, names, fontsize=9)
-    axes.legend(frameon=False, ncols=len(reports), loc="upper right", fontsize=9)
-    axes.set_ylim(0, 1.12)
+    for place, (name, report) in enumerate(reports.items()):
+        table = report["table_1"]
+        cells = {key: table[key] for key in table if key not in ("overall", "per question")}
+        n = values(cells.values(), "n")
+        aside = (place - (len(reports) - 1) / 2) * 0.6 / len(reports)
+        x = np.arange(len(cells)) + aside
+        there = [cell for cell in cells.values() if cell["n"]]
+        overall = table["overall"]["value"]
+        label = name if overall is None else f"{name} (overall {overall:.3f})"
+        draw(axes, x[n > 0], there, place, label, line="")
+    names = [key.replace(" ", "\n") + f"\nn {count}" for key, count in zip(cells, n)]
+    axes.set_xticks(range(len(names)), names, fontsize=9)
+    axes.set_ylim(top=1.05)
     return axes.figure
 
 
 def table_2(reports: Reports) -> Figure:
     """Accuracy against the intensity of one degradation, a line a model."""
     title = "Choice questions as one degradation grows"
-    axes = new_axes(
-        6, 4.2, title=title, xlabel="intensity of the degradation", ylabel="share right"
-    )
-    ticks = {}
-    for i, (name, report) in enumerate(reports.items()):
+    axes = new_axes(6, 4.2, title=title, xlabel="intensity", ylabel="share right")
+    ticks = {0.0: "clean"}
+    for place, (name, report) in enumerate(reports.items()):
         table = report["table_2"]
         if table:
             x = np.array([0.0 if key == "clean" else float(key) for key in table])
-            ticks |= {s: f"{s:.0%}" for s in x}
-            aside = 0.008 * (i - (len(reports) - 1) / 2)  # so that no interval hides another
+            ticks = {s: f"{s:.0%}" for s in x} | ticks
+            aside = 0.008 * (place - (len(reports) - 1) / 2)  # so that no interval hides another
             estimates = list(table.values())
-            label = f"{name} (n {estimates[0]['n']} each)"
-            draw_curve(axes, x + aside, estimates, color_of(name, reports), label)
-    ticks |= {0.0: "clean"}
+            draw(axes, x + aside, estimates, place, f"{name} (n {estimates[0]['n']} each)")
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.legend(frameon=False, fontsize=9)
     return axes.figure
 
 
@@ -146,75 +119,58 @@ def types(reports: Reports) -> Figure:
         counts = np.array(report["figure_6"]["confusion"])  # (18, 18)
         times = counts.sum(1)
         percent = 100 * counts / times[:, None].clip(min=1e-9)
-        rows = [f"{type} ({n:.0f})" for type, n in zip((*TYPES, "nothing (invented)"), times)]
-        columns = [*TYPES, "missed"]
-        # rows and columns with nothing in them go, but not those of the sixteen types
-        keep_row = times > 0
-        keep_column = counts.any(0)
-        keep_row[:16] = keep_column[:16] = keep_column[-1] = True
-        percent = percent[keep_row][:, keep_column]
-        f1 = report["summary"]["type_f1"]["value"]
         axes = figure.add_subplot(1, len(reports), place)
-        axes.set_title(name if f1 is None else f"{name}: type F1 {f1:.3f}")
         axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         for y, x in np.argwhere(percent >= 3):
             value = percent[y, x]
             color = "white" if value > 55 else "#222222"
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=color)
-        axes.set_xticks(
-            range(keep_column.sum()),
-            np.array(columns)[keep_column],
-            rotation=55,
-            ha="right",
-            rotation_mode="anchor",
-            fontsize=8,
-        )
-        axes.set_yticks(range(keep_row.sum()), np.array(rows)[keep_row], fontsize=8)
+            axes.text(
+                x,
+                y,
+                f"{value:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color=color,
+            )
+        places = range(len(counts))
+        true_types = [*TYPES, "nothing (invented)"]
+        rows = [f"{type} ({n:.0f})" for type, n in zip(true_types, times)]
+        axes.set_yticks(places, rows, fontsize=8)
+        axes.set_xticks(places, [*TYPES, "missed"], rotation=90, fontsize=8)
         axes.set_xlabel("type in the chain")
-        if place == 1:
-            axes.set_ylabel("true type (how often)")
+        axes.set_ylabel("true type (how often)")
+        f1 = report["summary"]["type_f1"]["value"]
+        axes.set_title(name if f1 is None else f"{name}: type F1 {f1:.3f}")
     return figure
 
 
 def intensity(reports: Reports, all_reports: Reports) -> Figure:
     """Mean predicted intensity of rightly named types against the true one."""
-    axes = new_axes(
-        5.6,
-        5,
-        title="Intensity of the types that were named rightly",
-        xlabel="true intensity",
-        ylabel="mean intensity in the chain",
-        xlim=(0, 1),
-        ylim=(0, 1),
-        aspect="equal",
-    )
+    labels = {"xlabel": "true intensity", "ylabel": "mean intensity in the chain"}
+    title = "Intensity of the types that were named rightly"
+    axes = new_axes(5.6, 5, title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal", **labels)
     axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="true")
     for name, report in reports.items():
         curve = report["figure_6"]["intensity"]
+        error = report["summary"]["intensity_error"]["value"]
+        label = name if error is None else f"{name}: mean error {error:.3f}"
         if curve:
-            error = report["summary"]["intensity_error"]["value"]
-            label = name if error is None else f"{name}: mean error {error:.3f}"
-            draw_curve(axes, values(curve, "true"), curve, color_of(name, all_reports), label)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+            draw(axes, values(curve, "true"), curve, list(all_reports).index(name), label)
     return axes.figure
 
 
 def length(reports: Reports, all_reports: Reports) -> Figure:
     """Mean chain length against total intensity, and the true chains' own."""
+    labels = {"xlabel": "total intensity (0: clean)", "ylabel": "tokens, mean"}
     axes = new_axes(
-        6.4,
-        4.2,
-        title="Chain length against the damage",
-        xlabel="total intensity of the degradations (0: clean)",
-        ylabel="tokens, mean",
+        6.4, 4.2, title="Chain length against the damage (black: true chains)", **labels
     )
-    curves = {name: report["figure_6"]["length"] for name, report in reports.items()}
-    longest = max(curves.values(), key=len)
-    totals, truth = values(longest, "total"), values(longest, "truth")
-    axes.plot(totals, truth, "--s", color="black", label="true chains")
-    for name, curve in curves.items():
+    for name, report in reports.items():
+        curve = report["figure_6"]["length"]
         if curve:
-            draw_curve(axes, values(curve, "total"), curve, color_of(name, all_reports), name)
-    axes.legend(frameon=False, fontsize=9)
+            total = values(curve, "total")
+            draw(axes, total, curve, list(all_reports).index(name), name)
+            axes.plot(total, values(curve, "truth"), "--s", color="black", zorder=0)
     axes.set_ylim(bottom=0)
     return axes.figure

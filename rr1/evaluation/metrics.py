@@ -18,7 +18,6 @@ from degrade import Degradation
 from rr1.chain import is_well_formed, parse
 from rr1.evaluation.scores import find_answer, score_answer, score_benchmark, score_votes
 from rr1.evaluation.statistics import (
-    Estimate,
     bootstrap,
     bootstrap_cells,
     mcnemar,
@@ -37,7 +36,7 @@ Rows = Sequence[dict]
 # ---------------------------------------------------------------- one prediction
 
 
-def count_types(predicted: list[Degradation], truth: list[Degradation]) -> dict[str, float]:
+def count_types(predicted: list[Degradation], truth: list[Degradation]) -> dict:
     """How many types are "named", "true" and "matched" one to one, and the matches' summed |ds|."""
     matched, error = match_types(predicted, truth)
     return {"named": len(predicted), "true": len(truth), "matched": matched, "error": error}
@@ -80,7 +79,7 @@ def judge_all(rows: Rows) -> list[dict]:
     It is right only if all of them are, and read only if all of them are.
     """
     judged = [judge(row) for row in rows]
-    circles: dict = {}
+    circles = {}
     for i, row in enumerate(judged):
         name = (row["circle"], row["shown"]) if "circle" in row else i
         circles.setdefault(name, []).append(row)
@@ -120,7 +119,7 @@ def level(total: float) -> str:
     return "light"
 
 
-def measures(judged: Rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def measures(judged: Rows) -> dict:
     """name -> (numerators, denominators), one for each record: every measure is sum / sum.
 
     So two models can be compared record by record (`paired_difference`). What says nothing about a
@@ -155,7 +154,7 @@ def measures(judged: Rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 SHARES = ("well_formed", "choice_accuracy", "truncated")
 
 
-def summary(judged: Rows, seed: int = 0) -> dict[str, Estimate]:
+def summary(judged: Rows, seed: int = 0) -> dict:
     """Every measure of `measures` with its interval."""
     found = {}
     for name, (above, below) in measures(judged).items():
@@ -227,9 +226,9 @@ def scores_of(rows: Rows) -> list[float]:
     return [row["score"] for row in rows]
 
 
-def grouped(rows: Iterable[dict], names: Iterable[str]) -> dict[str, list[dict]]:
+def grouped(rows: Iterable[dict], names: Iterable[str]) -> dict:
     """name -> rows; `names` gives the name of each row."""
-    groups: dict[str, list[dict]] = {}
+    groups = {}
     for row, name in zip(rows, names):
         groups.setdefault(name, []).append(row)
     return groups

@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from degrade import degrade
 from rr1 import data, fast, files, rollout, runtime, vlm
+from rr1.answers import short_answer
 from rr1.chain import Chain, build_prompt
 from rr1.evaluation.benchmarks import FIELDS
 from rr1.evaluation.tsv import draw_damage, left_out
 from rr1.records import image_paths, named, open_image
 
 SET_ASIDE = "set_aside.jsonl"
-# what every job has: a picture as it came, and no true response
+ASKED = ("form", "question", "degradations", "true_response", "true_length")
 JOB = {"key": "", "damage_seed": None, "true_response": None, "true_length": None}
 
 # ---------------------------------------------------------------- what is asked
@@ -75,7 +76,7 @@ def make_jobs(
             "form": form,
             "question": record["question"],
             "choices": record["choices"],
-            "answer": data.short_answer(record),
+            "answer": short_answer(record),
         }
         job |= {name: record[name] for name in FIELDS if name in record}
         if "indexed" in record:
@@ -103,17 +104,14 @@ def make_jobs(
     return jobs
 
 
-def by_mark(jobs: list[dict]) -> dict[str, dict]:
+def by_mark(jobs: list[dict]) -> dict:
     """mark -> job. The mark says what is asked and shown, wherever the files lie; it is in the row.
 
     So a record that was mended is asked anew, and no other one. Equal jobs are told apart by count.
     """
-    found: dict[str, dict] = {}
+    found = {}
     for job in jobs:
-        parts = [
-            job[name]
-            for name in ("form", "question", "degradations", "true_response", "true_length")
-        ]
+        parts = [job[name] for name in ASKED]
         for path in image_paths(job["image"]):
             size = os.path.getsize(path) if os.path.exists(path) else None
             parts += [os.path.basename(path), size, job["damage_seed"]]
@@ -154,6 +152,7 @@ def predict(
     if rt.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "meta.json", meta)
+        collect(folder, wanted)
     runtime.barrier(rt)
     todo = [job for mark, job in wanted.items() if mark not in stored]
     size = min(batch, math.ceil(len(todo) / rt.world_size))
@@ -180,12 +179,12 @@ def load_model(meta: dict, rt: runtime.Runtime) -> tuple:
     return model.eval().requires_grad_(False), processor
 
 
-def in_batches(jobs: list[dict], size: int) -> list[list[dict]]:
+def in_batches(jobs: list[dict], size: int) -> list:
     """At most `size` jobs in each; those on one picture stand together as far as they fit."""
-    by_picture: dict[Shown, list[dict]] = {}
+    by_picture = {}
     for job in jobs:
         by_picture.setdefault(pictures_of(job)[0], []).append(job)
-    batches: list[list[dict]] = []
+    batches = []
     for group in by_picture.values():
         for start in range(0, len(group), size):
             piece = group[start : start + size]
@@ -198,23 +197,24 @@ def in_batches(jobs: list[dict], size: int) -> list[list[dict]]:
 def respond(
     model,
     processor: vlm.Processor,
-    batches: list[list[dict]],
+    batches: list,
     meta: dict,
     workers: int = 0,
     skip_bad: bool = False,
 ) -> Iterator[tuple[list[dict], list[str]]]:
     """(rows, why others are left out), batch by batch; a picture is encoded once in each."""
 
-    def load(k: int) -> tuple[list[dict], dict, list[str]]:
-        return open_pictures(batches[k], processor, skip_bad)
+    def load(k: int) -> tuple:
+        jobs, images, problems = open_pictures(batches[k], processor, skip_bad)
+        pixels = processor.pixels(list(images.values())) if jobs else None
+        return jobs, list(images), pixels, problems
 
-    for _, (jobs, images, problems) in data.prefetch(load, range(len(batches)), workers):
+    for _, (jobs, shown, pixels, problems) in data.prefetch(load, range(len(batches)), workers):
         if not jobs:
             yield [], problems
             continue
-        pixel_values, grids = processor.pixels(list(images.values()))
-        features = vlm.encode_images(model, pixel_values, grids)  # (visual tokens, H) each
-        encoded = dict(zip(images, zip(grids, features)))
+        features = vlm.encode_images(model, *pixels)  # (visual tokens, H) each
+        encoded = dict(zip(shown, zip(pixels[1], features)))  # with their (3,) grids
         prompts = [make_prompt(model, processor, job, meta["plain"], encoded) for job in jobs]
         # the seed of an answer is the same for every model and batch size
         seeds = [crc32(f"{meta['seed']} {job['key']}".encode()) for job in jobs]
@@ -232,11 +232,9 @@ def respond(
         yield rows, problems
 
 
-def open_pictures(
-    jobs: list[dict], processor: vlm.Processor, skip_bad: bool
-) -> tuple[list[dict], dict[Shown, Image.Image], list[str]]:
+def open_pictures(jobs: list[dict], processor: vlm.Processor, skip_bad: bool) -> tuple:
     """(jobs that can be done, their pictures, why others cannot): DataError, or left out."""
-    images: dict[Shown, Image.Image] = {}
+    images = {}
     usable, problems = [], []
     for job in jobs:
         with left_out(problems if skip_bad else None, job["where"]):
@@ -275,17 +273,13 @@ def made(job: dict, answer: rollout.Rollout, plain: bool, processor: vlm.Process
 # ---------------------------------------------------------------- the folder
 
 
-def fingerprint(name: str | Path) -> str:
-    """A hash of a file, or of a checkpoint folder's safetensors files; of a hub id, the id."""
-    paths = sorted(Path(name).glob("*.safetensors")) or [Path(name)]
-    if not paths[0].is_file():
-        return str(name)
-    digest = hashlib.sha256()
-    for path in paths:
+def fingerprint(checkpoint: str) -> str:
+    """Hashes of a checkpoint folder's weights; of a hub id, the id."""
+    digests = []
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
         with open(path, "rb") as file:
-            while piece := file.read(2**22):
-                digest.update(piece)
-    return digest.hexdigest()
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests) or checkpoint
 
 
 def read_predictions(folder: Path) -> list[dict]:
@@ -294,13 +288,13 @@ def read_predictions(folder: Path) -> list[dict]:
     return [row for path in paths for row in files.read_lines(path)]
 
 
-def read_stored(folder: Path) -> dict[str, dict]:
+def read_stored(folder: Path) -> dict:
     """mark -> row: of all that was ever asked."""
     rows = files.read_lines(folder / SET_ASIDE) + read_predictions(folder)
     return {row.get("mark", row["key"]): row for row in rows}
 
 
-def collect(folder: Path, wanted: dict[str, dict]) -> None:
+def collect(folder: Path, wanted: dict) -> None:
     """Bring the rows of these jobs into predictions.jsonl, with the answers that are true now.
 
     All others go to set_aside.jsonl, for the day on which they are asked about again.

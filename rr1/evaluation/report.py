@@ -57,7 +57,7 @@ def of_model(rows: Sequence[dict], seed: int = 0) -> dict:
 # ---------------------------------------------------------------- as text
 
 
-def as_text(reports: dict[str, dict]) -> str:
+def as_text(reports: dict) -> str:
     """The tables of all models; what no model has is left out."""
     first = next(iter(reports))
     parts = {name: tables(report) for name, report in reports.items()}
@@ -72,9 +72,9 @@ def as_text(reports: dict[str, dict]) -> str:
     return "\n\n".join(blocks)
 
 
-def side_by_side(columns: dict[str, dict[str, str]]) -> str:
+def side_by_side(columns: dict) -> str:
     """{column: {row: cell}} as a table; "-" where a column lacks a row."""
-    rows: dict[str, list[str]] = {}
+    rows = {}
     for column in columns.values():
         for row in column:
             rows[row] = [row]
@@ -84,7 +84,7 @@ def side_by_side(columns: dict[str, dict[str, str]]) -> str:
     return markdown(["", *columns], list(rows.values()))
 
 
-def summary_table(reports: dict[str, dict]) -> str:
+def summary_table(reports: dict) -> str:
     summaries = [report["summary"] for report in reports.values()]
     measures = max(summaries, key=len)  # a plain model has fewer
     lines = []
@@ -94,7 +94,7 @@ def summary_table(reports: dict[str, dict]) -> str:
     return markdown(["", *measures], lines)
 
 
-def tables(report: dict) -> dict[str, dict[str, str]]:
+def tables(report: dict) -> dict:
     """title -> {row: cell} of one model."""
     found = {TABLE_1: cells(report["table_1"])}
     found[TABLE_2] = cells(report["table_2"], label)
@@ -117,7 +117,7 @@ def tables(report: dict) -> dict[str, dict[str, str]]:
     return found
 
 
-def cells(table: dict[str, dict], name_of: Callable[[str], str] = str) -> dict[str, str]:
+def cells(table: dict, name_of: Callable[[str], str] = str) -> dict:
     return {name_of(row): cell(estimate) for row, estimate in table.items()}
 
 

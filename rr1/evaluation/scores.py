@@ -76,7 +76,7 @@ def find_answer(response: str, form: str) -> str | None:
     return answer or None
 
 
-def read_choice(answer: str, options: dict[str, str]) -> str | None:
+def read_choice(answer: str, options: dict) -> str | None:
     """The letter of the option that is meant, None if that cannot be told.
 
     `options`: letter -> text. First VLMEvalKit's rules (`free_text_choice`), so that figures can be
@@ -92,13 +92,13 @@ def read_choice(answer: str, options: dict[str, str]) -> str | None:
     return read_index(answer, options)
 
 
-def read_index(answer: str, options: dict[str, str]) -> str | None:
+def read_index(answer: str, options: dict) -> str | None:
     """The letter of the option that an index from 0 means, or else a letter or a text alone."""
     index = choice_index(answer, list(options.values()))
     return None if index is None else list(options)[index]
 
 
-def free_text_choice(answer: str, options: dict[str, str]) -> str | None:
+def free_text_choice(answer: str, options: dict) -> str | None:
     """VLMEvalKit's rules without a judge, of August 2026 (`can_infer`).
 
     The one letter that stands among the words, if it is one of the last four; or the letter after

@@ -12,7 +12,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -38,7 +38,7 @@ ABSENT |= set("N/A NA NULL NaN None n/a nan null".split())
 REQUEST = "Please select the correct answer from the options above."
 
 
-def choice_prompt(question: str, options: dict[str, str], hint: str = "") -> str:
+def choice_prompt(question: str, options: dict, hint: str = "") -> str:
     """The question of the multiple-choice family: hint, question, options one a line, a request."""
     lines = [f"Question: {question}", "Options:"]
     if hint:
@@ -75,7 +75,7 @@ def read_tsv(path: Path, images: Path, cache: Path, bad: list[str] | None) -> li
 
     A row that cannot be used raises DataError, or is left out and told in `bad`.
     """
-    lenders: dict[str, dict] = {}  # index -> the question that has pictures of its own
+    lenders = {}  # index -> the question that has pictures of its own
     questions = []
     for where, row in rows_of(path):
         with left_out(bad, where):
@@ -97,7 +97,7 @@ def read_tsv(path: Path, images: Path, cache: Path, bad: list[str] | None) -> li
     return usable
 
 
-def lend(question: dict, found: list[str], lenders: dict[str, dict]) -> None:
+def lend(question: dict, found: list[str], lenders: dict) -> None:
     """Give the question its pictures, and let others find them."""
     question["image"] = found[0] if len(found) == 1 else found
     lender = lenders.setdefault(question["id"], question)
@@ -105,7 +105,7 @@ def lend(question: dict, found: list[str], lenders: dict[str, dict]) -> None:
         raise ValueError(f"index {question['id']} stands there twice, with other pictures")
 
 
-def borrow(question: dict, lenders: dict[str, dict]) -> None:
+def borrow(question: dict, lenders: dict) -> None:
     """The picture of another row's index, and what is known of its damage."""
     index = question["image"]
     if isinstance(index, str) and index in lenders:
@@ -132,7 +132,7 @@ def is_damaged_set(path: Path, question: dict) -> bool:
     return not name.endswith("-ref") and ("strength" in question or name.startswith("r-bench"))
 
 
-def read_question(row: dict[str, str]) -> dict:
+def read_question(row: dict) -> dict:
     """What a row asks."""
     for name in ("index", "question"):
         if name not in row:
@@ -152,7 +152,7 @@ def read_question(row: dict[str, str]) -> dict:
     return found
 
 
-def choice_question(text: str, options: dict[str, str], answer: str, hint: str = "") -> dict:
+def choice_question(text: str, options: dict, answer: str, hint: str = "") -> dict:
     """A choice in both ways in which it may be asked. `answer`: a letter or a text, "": unknown."""
     indexed = build_question(f"{hint}\n{text}", list(options.values()))
     return {
@@ -165,7 +165,7 @@ def choice_question(text: str, options: dict[str, str], answer: str, hint: str =
     }
 
 
-def letter_of(answer: str, options: dict[str, str]) -> str:
+def letter_of(answer: str, options: dict) -> str:
     """The option that is right, given by its letter or its text; as it came if there is none."""
     if answer in options:
         return answer
@@ -185,7 +185,7 @@ def as_list(cell: str) -> list[str]:
         raise ValueError(f"{cell[:40]!r} is no list of pictures") from None
 
 
-def find_pictures(row: dict[str, str], cells: list[str], images: Path, cache: Path) -> list[str]:
+def find_pictures(row: dict, cells: list[str], images: Path, cache: Path) -> list[str]:
     """The files of a row's own pictures, which came as base64 in `cells` or lie in `images`."""
     found = [str(keep_picture(cell, cache)) for cell in cells]
     found = found or [inside(images, path) for path in as_list(row.get("image_path", ""))]
@@ -257,12 +257,27 @@ def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -
     if len(set(names)) < len(levels) or source.resolve() in [name.resolve() for name in names]:
         raise SystemExit(f"{target}: the levels {levels} need files of their own, not {source}")
     temporary = [name.with_name(name.name + ".tmp") for name in names]
-    writers: list[csv.DictWriter] = []
-    with ExitStack() as stack, ThreadPool() as pool:
-        for row, cells, damage in pool.imap(partial(damage_row, levels, seed), rows_of(source)):
+    try:
+        with ThreadPool() as pool:
+            damaged = pool.imap(partial(damage_row, levels, seed), rows_of(source))
+            write_sheets(damaged, levels, temporary)
+    except BaseException:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+        raise
+    for path, name in zip(temporary, names):
+        os.replace(path, name)
+    return names
+
+
+def write_sheets(damaged: Iterable[tuple], levels: list[float], paths: list[Path]) -> None:
+    """What `damage_row` makes of the rows, in a TSV for each level."""
+    writers = []
+    with ExitStack() as stack:
+        for row, cells, damage in damaged:
             if not writers:
                 columns = [*row, "degradation", "intensity", "damage_seed"]
-                for path in temporary:
+                for path in paths:
                     sheet = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
                     writer = csv.DictWriter(sheet, columns, delimiter="\t", lineterminator="\n")
                     writer.writeheader()
@@ -270,9 +285,6 @@ def damage_tsv(source: Path, target: Path, levels: list[float], seed: int = 0) -
             for writer, s, cell in zip(writers, levels, cells):
                 made = {"intensity": f"{s:g}"} | damage if damage else {}
                 writer.writerow(row | made | {"image": cell})
-    for whole, name in zip(temporary, names):
-        os.replace(whole, name)
-    return names
 
 
 def damage_row(levels: list[float], seed: int, found: tuple[str, dict]) -> tuple:
@@ -282,6 +294,8 @@ def damage_row(levels: list[float], seed: int, found: tuple[str, dict]) -> tuple
         cells = as_list(row.get("image", ""))
         if not cells:
             raise ValueError("no image inside the file, so none to damage")
+        if "degradation" in row:
+            raise ValueError("a column degradation: this is a damaged copy already")
         if len(cells[0]) <= LONGEST_INDEX:
             return row, [cells[0]] * len(levels), {}
         pictures = [decode_picture(cell) for cell in cells]

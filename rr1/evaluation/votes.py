@@ -57,8 +57,8 @@ def vote(rows: Sequence[dict], url: str, model: str, cache: Path) -> None:
         raise SystemExit(f"--judge {url}: expected an address such as https://api.openai.com/v1")
     client, lock = ChatClient(model, url, flag="--judge"), threading.Lock()
     known = {row["key"]: row["vote"] for row in files.read_lines(cache)}
-    keys: dict[int, list[str]] = {}  # row -> the keys of its votes
-    todo: dict[str, tuple[str, int]] = {}  # key -> text, the highest vote
+    keys = {}  # row -> the keys of its votes
+    todo = {}  # key -> text, the highest vote
     for i, row in enumerate(rows):
         if "strength" in row and row["answer"] is not None and row["form"] in MOST:
             row["most"] = MOST[row["form"]]
@@ -66,7 +66,7 @@ def vote(rows: Sequence[dict], url: str, model: str, cache: Path) -> None:
             keys[i] = [_key(model, k, text) for k, text in enumerate(texts)]
             todo |= {key: (text, row["most"]) for key, text in zip(keys[i], texts)}
 
-    failed: list[str] = []  # requests without an answer, since the last answer
+    failed = []  # requests without an answer, since the last answer
 
     def ask(key: str) -> None:
         text, most = todo[key]

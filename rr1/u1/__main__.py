@@ -33,9 +33,9 @@ class Config:
     data: list[str] = opt([], "files of records; none: the drawn world's train and test")
     images: str = opt("", "folder that image paths are relative to; empty: each file's own")
     part: str = opt("all", "25 % of the records, the other 75 %, or all", ["all", "sft", "rl"])
-    steps: int = opt(40, "Euler steps of a recovery")
+    steps: int | None = opt(None, "Euler steps of a recovery; default: the model's own", low=1)
     seed: int = opt(0, "of the noise that recovery starts from")
-    batch: int = opt(64, "pictures at a time")
+    batch: int = opt(64, "pictures at a time", low=1)
     out: str = opt("runs/recovered", "folder of the new data set")
 
 
@@ -83,7 +83,7 @@ def recover_records(
     images = [np.asarray(records.open_image(found[i]["image"])) for i in numbers]
     damaged = to_tensor([resize(image, side, side) for image in images])  # (n, 3, side, side)
     seeds = [data.seed_for(config.seed, i) for i in numbers]
-    recovered = to_uint8(recover(model, damaged, config.steps, seeds))
+    recovered = to_uint8(recover(model, damaged, seeds, config.steps))
     for i, image, picture in zip(numbers, images, recovered):
         height, width = image.shape[:2]
         png = to_png(resize(picture, width, height))
@@ -104,10 +104,10 @@ def new_record(
     ]
     if "clean_image" in record:
         row["clean_image"] = copied(record["clean_image"], out, f"{name}/clean/{number:06d}")
-    row["conversations"] = [
-        {"from": "human", "value": "<image><image>" + record["question"]},
-        {"from": "gpt", "value": record["response"]},
-    ]
+    human = {"from": "human", "value": "<image><image>" + record["question"]}
+    row["conversations"] = [human]
+    if record["response"]:
+        row["conversations"].append({"from": "gpt", "value": record["response"]})
     row["degradations"] = [d._asdict() for d in record["degradations"]]
     return row
 

@@ -80,12 +80,18 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 
 def sample_t(
-    n: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
     shift: float = 1.0,
+    at_noise: float = 0.0,
 ) -> Tensor:
-    """Times (n,) to train at: uniform, and then shifted."""
-    return shifted(torch.rand(n, generator=generator), shift)
+    """A time (1,) to train at: uniform, then shifted; with probability `at_noise` it is 1.
+
+    At t = 1 nothing of z_0 is in z_t, and the best velocity is eps - E[z_0 | z_c]: the loss is a
+    plain regression of the clean picture.
+    """
+    t = shifted(torch.rand(1, generator=generator), shift)
+    is_noise = torch.rand(1, generator=generator) < at_noise
+    return torch.where(is_noise, 1.0, t)
 
 
 # ---------------------------------------------------------------- samplers

@@ -16,6 +16,7 @@ from typing import Sequence
 
 import cv2
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from rr1.records import DataError, open_image
 from rr1.tiny import world
 from rr1.u1.restorer import to_tensor
 
+SCENES = 24_576  # of the drawn world, to train on
 KEPT = 64  # larger pairs would make a file of more than a gigabyte: they are drawn when asked for
 
 
@@ -56,7 +58,7 @@ class Scenes:
     def __init__(self, side: int, seed: int = 0, n: int | None = None):
         self.side = side
         self.seed = seed
-        self.n = world.TRAIN if n is None else n
+        self.n = SCENES if n is None else n
         self.drawn = None
 
     def __len__(self) -> int:
@@ -109,13 +111,8 @@ class Photos:
         rng = np.random.default_rng(seed)
         photo = self.open(self.paths[index])
         height, width = photo.shape[:2]
-        shorter = min(height, width)
-        if shorter < side:
-            raise DataError(
-                f"{self.paths[index]}: {width} x {height} pixels, smaller than --side {side}: "
-                "leave it out, or give a smaller side"
-            )
-        size = int(side * 2 ** rng.uniform(0, math.log2(shorter / side)))
+        octaves = math.log2(min(height, width) / side)
+        size = int(side * 2 ** rng.uniform(0, octaves))
         top = int(rng.integers(height - size + 1))
         left = int(rng.integers(width - size + 1))
         clean = resize(photo[top : top + size, left : left + size], side, side)
@@ -137,7 +134,23 @@ def load_source(photos: str, side: int) -> Scenes | Photos:
         raise SystemExit(
             f"--data {photos}: no photos in this folder; there are readers for {kinds}"
         )
+    for path in paths:
+        check_size(path, side)
     return Photos(paths, side)
+
+
+def check_size(path: Path, side: int) -> None:
+    """DataError for a photo that is smaller than `side`; only its head is read."""
+    try:
+        with Image.open(path) as photo:
+            width, height = photo.size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
+    if min(width, height) < side:
+        raise DataError(
+            f"{path}: {width} x {height} pixels, smaller than --side {side}: "
+            "leave it out, or give a smaller side"
+        )
 
 
 def load_pairs(

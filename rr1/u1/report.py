@@ -21,9 +21,10 @@ from rr1 import data, files, runtime, tiny
 from rr1.evaluation.statistics import bootstrap, cell, interval, markdown, paired_difference
 from rr1.runtime import opt
 from rr1.u1 import pairs, rewards
-from rr1.u1.restorer import Restorer, recover, to_uint8
+from rr1.u1.restorer import Restorer, distance, recover, to_uint8
 
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "r_sem": "R_sem"}
+STEPS = (1, 2, 3, 5, 10, 20)  # to choose from
 THIRDS = ("most damaged third", "middle third", "least damaged third")
 Scores = dict[str, np.ndarray]  # a measure of each picture, (N,)
 
@@ -32,8 +33,10 @@ Scores = dict[str, np.ndarray]  # a measure of each picture, (N,)
 class Config:
     restorer: str = opt(tiny.RESTORER, "a restorer's folder, as train_recover.py writes it")
     data: str = opt("", "folder of clean photos; empty: the drawn world's held-out scenes")
-    limit: int = opt(256, "pictures, the undamaged ones counted")
-    steps: int = opt(40, "Euler steps of a recovery")
+    limit: int = opt(256, "pictures, the undamaged ones counted", low=1)
+    steps: int | None = opt(None, "Euler steps of a recovery; default: the model's own", low=1)
+    recoveries: int | None = opt(None, "the mean of so many; default: the model's own", low=1)
+    gate: float | None = opt(None, "smaller changes are not made; default: the model's own")
     encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
     seed: int = opt(0, "of the noise that recovery starts from")
     out: str = opt("runs/report-recovery", "folder of the report")
@@ -52,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     damaged, clean = damaged[changed], clean[changed]
 
     seeds = [data.seed_for(config.seed, i) for i in range(len(damaged))]
-    recovered = recover(model, damaged, config.steps, seeds).cpu()
+    sampler = (config.steps, config.recoveries, config.gate)
+    recovered = recover(model, damaged, seeds, *sampler).cpu()
     encoder = rewards.load_encoder(config.encoder, device)
     before = measure(damaged, clean, encoder)
     after = measure(recovered, clean, encoder)
@@ -82,6 +86,27 @@ def measure(
         "r_sem": torch.cat(r_sem),
     }
     return {name: values.cpu().numpy() for name, values in scores.items()}
+
+
+def earned(scores: Scores) -> np.ndarray:
+    """R of each picture, with the published weights."""
+    return rewards.PIX * scores["ssim"] + rewards.SEM * scores["r_sem"]
+
+
+def choose_sampler(model: Restorer, source, encoder: rewards.Encoder, n: int = 128) -> None:
+    """Set the model's steps and gate to those that earn most on the first n pairs to train on."""
+    damaged, clean = pairs.load_pairs(source, [i % len(source) for i in range(n)], range(n))
+    best = -1.0
+    for steps in STEPS:
+        recovered = recover(model, damaged, steps=steps, gate=0.0).cpu()
+        R = earned(measure(recovered, clean, encoder))
+        if R.mean() > best:
+            best, R_recovered, change = R.mean(), R, distance(recovered, damaged).numpy()
+            model.config["steps"] = steps
+    R_damaged = earned(measure(damaged, clean, encoder))
+    gates = [0.0, *map(float, np.sort(change))]
+    means = [np.where(change < gate, R_damaged, R_recovered).mean() for gate in gates]
+    model.config["gate"] = round(gates[int(np.argmax(means))], 4)
 
 
 def strip(*rows: Tensor) -> bytes:

@@ -93,13 +93,27 @@ class Restorer(nn.Module):
     correction of each number. m starts as z_c and s as 0.03. What remains to be learnt is where the
     damaged picture can be trusted and what to put elsewhere; both depend on z_t.
 
-    widths  of the three scales
-    side    of the pictures that it was trained on, a multiple of 8; others work too
+    widths      of the three scales
+    side        of the pictures that it was trained on, a multiple of 8; others work too
+    steps, recoveries, gate   what `recover` does unless it is told otherwise
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 112), side: int = 32):
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 64, 112),
+        side: int = 32,
+        steps: int = 1,
+        recoveries: int = 4,
+        gate: float = 0.0,
+    ):
         super().__init__()
-        self.config = {"widths": list(widths), "side": side}
+        self.config = {
+            "widths": list(widths),
+            "side": side,
+            "steps": steps,
+            "recoveries": recoveries,
+            "gate": gate,
+        }
         a, b, c = widths
         self.time = nn.Sequential(
             nn.Linear(64, TIME),
@@ -219,26 +233,42 @@ def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 def recover(
     model: Restorer,
     damaged: Tensor,
-    steps: int = 40,
     seeds: Sequence[int] | None = None,
-    shift: float = SHIFT,
+    steps: int | None = None,
+    recoveries: int | None = None,
+    gate: float | None = None,
     batch: int = 64,
 ) -> Tensor:
-    """Damaged pictures (N, 3, H, W) -> recovered ones, by Euler steps from noise at shifted times.
+    """Damaged pictures (N, 3, H, W) -> recovered ones, not clamped.
 
-    They are not clamped. seeds: one a picture; default 0, 1, ..
+    Each is the mean of several recoveries, by Euler steps from noise at shifted times. Where it is
+    nearer to the damaged picture than `gate` (root mean square), the damaged one stays. What is not
+    given is as the model's config has it. seeds: one a picture; default 0, 1, ..
     """
     device = next(model.parameters()).device
     seeds = seeds or range(len(damaged))
-    grid = flow.time_grid(steps, shift)
+    steps = model.config["steps"] if steps is None else steps
+    K = model.config["recoveries"] if recoveries is None else recoveries
+    gate = model.config["gate"] if gate is None else gate
+    grid = flow.time_grid(steps, SHIFT)
     recovered = []
     for start in range(0, len(damaged), batch):
         part = slice(start, start + batch)
-        z_c = 2 * damaged[part].to(device) - 1  # (n, 3, H, W)
-        z_1 = noise(seeds[part], z_c.shape[1:]).to(device)
-        z_0 = flow.euler(lambda z, t: model(z, z_c, t), z_1, grid)
-        recovered.append((z_0 + 1) / 2)
+        given = damaged[part].to(device)  # (n, 3, H, W)
+        z_c = 2 * given - 1
+        z_1 = noise(seeds[part], (K, *z_c.shape[1:])).to(device)  # (n, K, 3, H, W)
+        z_0 = torch.zeros_like(z_c)
+        for k in range(K):
+            z_0 += flow.euler(lambda z, t: model(z, z_c, t), z_1[:, k], grid) / K
+        pictures = (z_0 + 1) / 2
+        stays = distance(pictures, given) < gate  # (n,)
+        recovered.append(torch.where(stays[:, None, None, None], given, pictures))
     return torch.cat(recovered)
+
+
+def distance(pictures: Tensor, damaged: Tensor) -> Tensor:
+    """Root mean square of the change, (N,)."""
+    return (pictures.clamp(0, 1) - damaged).square().mean((1, 2, 3)).sqrt()
 
 
 def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
