@@ -74,7 +74,12 @@ def _answered(model, processor, part, plain, condition, start, temperature=0.0, 
 def _judged(record: dict, text: str, length: int, plain: bool) -> dict:
     chain, caption = parse(text), record["form"] == "caption"
     answer = text if plain else chain.conclusion if caption else chain.answer
-    score, _ = score_answer(answer, record["form"], data.short_answer(record), record["choices"])
+    score, _ = score_answer(
+        answer,
+        record["form"],
+        data.short_answer(record),
+        record["choices"],
+    )
     named, true = (
         {kind for kind, _ in side} for side in (chain.degradations, record["degradations"])
     )
@@ -109,4 +114,7 @@ def difference(
     after: Sequence[Sequence[dict]], before: Sequence[Sequence[dict]], name: str = "score"
 ) -> Estimate:
     """Paired by record, the mean over seeds of each side."""
-    return paired_difference((over_seeds(after, name), None), (over_seeds(before, name), None))
+    return paired_difference(
+        (over_seeds(after, name), None),
+        (over_seeds(before, name), None),
+    )

@@ -47,7 +47,11 @@ class Batches(IterableDataset):
             scene = scenes.sample_scene(rng)
             spots = scenes.arrange(scene, rng)
             image = scenes.draw(scene, rng, spots=spots)
-            applied = sample_lesson_damage(rng, mild=b < self.talking, rare=self.talk)
+            applied = sample_lesson_damage(
+                rng,
+                mild=b < self.talking,
+                rare=self.talk,
+            )
             image = degrade(image, applied, seed=int(rng.integers(2**31)))
             for kind, s in applied:
                 damage[b, :, world.TYPES.index(kind)] = 1, s
@@ -59,7 +63,12 @@ class Batches(IterableDataset):
                     talks.append(self.conversations(scene, rng))
                     lines.append(self.line(rng))
         pixel_values, grid = self.processor.pixels(images)
-        batch = {"pixel_values": pixel_values, "grid": grid, "conversations": talks, "lines": lines}
+        batch = {
+            "pixel_values": pixel_values,
+            "grid": grid,
+            "conversations": talks,
+            "lines": lines,
+        }
         arrays = {"cells": cells, "grounds": grounds, "damage": damage}
         return batch | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -70,9 +79,21 @@ class Batches(IterableDataset):
         level = ("light", "medium", "strong")[rng.integers(3)]
         length = int(rng.integers(28, 72))
         question = questions.ask(scene, rng)
-        chain = questions.true_chain(scene, question, world.sample_damage(rng, level), None, length)
+        chain = questions.true_chain(
+            scene,
+            question,
+            world.sample_damage(rng, level),
+            None,
+            length,
+        )
         damage = ", ".join(f"{kind}({s:.2f})" for kind, s in chain.degradations)
-        parts = [question.text, damage, chain.influence, chain.reasoning, chain.conclusion]
+        parts = [
+            question.text,
+            damage,
+            chain.influence,
+            chain.reasoning,
+            chain.conclusion,
+        ]
         return self.processor.response_ids("\n".join(parts))
 
     def conversations(self, scene: scenes.Scene, rng: np.random.Generator) -> list[tuple]:

@@ -45,7 +45,11 @@ class Heads(nn.Module):
 
     def __init__(self, hidden: int):
         super().__init__()
-        sizes = {"shape": 1 + len(scenes.SHAPES), "color": 1 + len(scenes.COLORS), "place": 16}
+        sizes = {
+            "shape": 1 + len(scenes.SHAPES),
+            "color": 1 + len(scenes.COLORS),
+            "place": 16,
+        }
         sizes |= {
             "ground": len(scenes.GROUNDS),
             "present": len(world.TYPES),
@@ -60,7 +64,11 @@ class Heads(nn.Module):
             name: self.read[name](features).flatten(0, 1) for name in ("shape", "color", "place")
         }  # (16 B, classes)
         shape, color = batch["cells"].flatten(0, 2).unbind(-1)  # (16 B,) each
-        targets = {"shape": shape, "color": color, "place": torch.arange(16).repeat(len(features))}
+        targets = {
+            "shape": shape,
+            "color": color,
+            "place": torch.arange(16).repeat(len(features)),
+        }
         ground, present, intensity = (
             self.read[name](whole) for name in ("ground", "present", "intensity")
         )
@@ -123,11 +131,17 @@ def same_size(model, heads: Heads, batch: dict, size: float = 0.3) -> None:
 
 @dataclass
 class Config:
-    out: str = opt("runs/tiny-base", "the run's folder; the checkpoint is its subfolder model/")
+    out: str = opt(
+        "runs/tiny-base",
+        "the run's folder; the checkpoint is its subfolder model/",
+    )
     vision_steps: int = opt(1800, "steps of the vision phase")
     steps: int = opt(560, "steps of the whole phase")
     again: int = opt(260, "steps of its second round, from 0.6 of the rate")
-    batch: int = opt(32, "pictures that are talked about a step, over all processes")
+    batch: int = opt(
+        32,
+        "pictures that are talked about a step, over all processes",
+    )
     lr: float = opt(1.5e-3, "peak learning rate")
     seed: int = opt(0, "fixes the weights' start and the data")
 
@@ -172,7 +186,11 @@ def train(done: Path, steps: int, lessons: Batches, optimizers: list, both, loss
         for name, value in {"loss": loss.item(), **read}.items():
             sums[name] += value / 50
         if rt.is_main and step % 50 == 0:
-            row = {"phase": done.stem, "step": step, "minutes": (time.perf_counter() - began) / 60}
+            row = {
+                "phase": done.stem,
+                "step": step,
+                "minutes": (time.perf_counter() - began) / 60,
+            }
             row = {
                 name: value if name == "phase" else round(value, 4)
                 for name, value in (row | sums).items()
@@ -218,7 +236,15 @@ def main(argv: list[str] | None = None) -> None:
     seeing = [*model.model.visual.parameters(), *heads.parameters()]
     lessons = Batches(processor, share, share, [a.seed, 1, rt.rank], talk=False)
     vision = out / "1-vision.safetensors"
-    train(vision, a.vision_steps, lessons, [adamw(a.lr, seeing)], both, loss_of, rt)
+    train(
+        vision,
+        a.vision_steps,
+        lessons,
+        [adamw(a.lr, seeing)],
+        both,
+        loss_of,
+        rt,
+    )
     same_size(model, heads, next(iter(lessons)))
 
     # 2. whole: Muon for the language model's matrices (looking up a thing by its shape or colour
@@ -229,9 +255,26 @@ def main(argv: list[str] | None = None) -> None:
     for number, steps, rate in ((2, a.steps, 1), (3, a.again, 0.6)):
         muon = [{"params": matrices, "initial_lr": 0.02 * rate}]
         optimizers = [torch.optim.Muon(muon, lr=0.02, weight_decay=0.02)]
-        optimizers += [adamw(2 * a.lr * rate, rest), adamw(a.lr / 4 * rate, seeing)]
-        lessons = Batches(processor, share, share // 2, [a.seed, number, rt.rank], talk=True)
-        train(out / f"{number}-whole.safetensors", steps, lessons, optimizers, both, loss_of, rt)
+        optimizers += [
+            adamw(2 * a.lr * rate, rest),
+            adamw(a.lr / 4 * rate, seeing),
+        ]
+        lessons = Batches(
+            processor,
+            share,
+            share // 2,
+            [a.seed, number, rt.rank],
+            talk=True,
+        )
+        train(
+            out / f"{number}-whole.safetensors",
+            steps,
+            lessons,
+            optimizers,
+            both,
+            loss_of,
+            rt,
+        )
     if rt.is_main:
         model.half().save_pretrained(out / "model")
         processor.save_pretrained(out / "model")

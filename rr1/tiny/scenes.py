@@ -16,9 +16,15 @@ import numpy as np
 
 SIDE = 112  # pixels; Qwen2.5-VL turns 28 x 28 of them into one token
 COLORS = {
-    **{"white": (244, 244, 244), "grey": (134, 134, 134), "black": (46, 46, 46)},
-    **{"red": (214, 44, 40), "blue": (40, 84, 214), "green": (30, 196, 70)},
-    **{"rust": (148, 72, 70), "slate": (65, 85, 143), "sage": (86, 160, 104)},
+    "white": (244, 244, 244),
+    "grey": (134, 134, 134),
+    "black": (46, 46, 46),
+    "red": (214, 44, 40),
+    "blue": (40, 84, 214),
+    "green": (30, 196, 70),
+    "rust": (148, 72, 70),
+    "slate": (65, 85, 143),
+    "sage": (86, 160, 104),
     "yellow": (240, 208, 48),
 }
 BRIGHTNESS = ("white", "grey", "black")
@@ -52,12 +58,37 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         if rng.random() < 1 / 3:
             colors[i] = colors[i - 1]
     places = sorted(rng.permutation(len(PLACES))[:n])
-    rows = zip(shapes, colors, places, strict=True)
-    things = tuple(Thing(str(shape), str(color), PLACES[place]) for shape, color, place in rows)
-    return Scene(str(rng.choice(GROUNDS)), things)
+    things = []
+    for shape, color, place in zip(shapes, colors, places, strict=True):
+        things.append(Thing(str(shape), str(color), PLACES[place]))
+    return Scene(str(rng.choice(GROUNDS)), tuple(things))
 
 
 # ---------------------------------------------------------------- pictures
+
+CORNERS = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+CROSS = (
+    (-0.33, -0.95),
+    (0.33, -0.95),
+    (0.33, -0.33),
+    (0.95, -0.33),
+    (0.95, 0.33),
+    (0.33, 0.33),
+    (0.33, 0.95),
+    (-0.33, 0.95),
+    (-0.33, 0.33),
+    (-0.95, 0.33),
+    (-0.95, -0.33),
+    (-0.33, -0.33),
+)
+# corners, and how far every other one is from the middle
+ROUND = {
+    "triangle": (3, 1),
+    "star": (10, 0.42),
+    "circle": (60, 1),
+    "ring": (60, 1),
+}
+EDGE = (24, 24, 24)
 
 
 def _ground(kind: str, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -66,33 +97,39 @@ def _ground(kind: str, side: int, rng: np.random.Generator) -> np.ndarray:
     fine = rng.standard_normal((side, side), dtype=np.float32)
     phase = rng.uniform(0, 2 * np.pi)
     if kind == "grass":  # upright blades
-        base, texture = (96, 128, 72), 78 * cv2.blur(fine, (1, 9))
+        base = (96, 128, 72)
+        texture = 26 * cv2.blur(fine, (1, 9)) * 3
     elif kind == "sand":  # speckle on soft dunes
-        base, texture = (206, 180, 132), 9 * fine + 8 * np.sin(9 * y + 3 * x + phase)
+        base = (206, 180, 132)
+        dunes = np.sin(9 * y + 3 * x + phase)
+        texture = 9 * fine + 8 * dunes
     elif kind == "water":  # level waves
-        waves = np.sin(44 * y + 1.5 * np.sin(7 * x + phase) + phase)
-        base, texture = (88, 132, 160), 16 * waves + 3 * fine
+        base = (88, 132, 160)
+        swell = 1.5 * np.sin(7 * x + phase)
+        waves = np.sin(44 * y + swell + phase)
+        texture = 16 * waves + 3 * fine
     else:  # brick: courses with mortar between
+        base = (158, 96, 78)
         row = np.floor(y * 9)
-        mortar = (y * 9 % 1 < 0.13) | ((x * 5 + 0.5 * (row % 2)) % 1 < 0.07)
-        base, texture = (158, 96, 78), np.where(mortar, 62, 5 * fine)
+        level = y * 9 % 1 < 0.13
+        upright = (x * 5 + 0.5 * (row % 2)) % 1 < 0.07
+        texture = np.where(level | upright, 62, 5 * fine)
     return np.float32(base) + texture[..., None]
 
 
 def _outline(shape: str) -> np.ndarray:
     """Corners of a shape of radius 1 around (0, 0), float (n, 2)."""
     if shape == "square":
-        return np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])
+        return 0.8 * np.array(CORNERS, float)
     if shape == "cross":
-        a, b = 0.95, 0.33
-        arm = np.array([(b, -a), (b, -b), (a, -b)])
-        quarter = np.array([(0, -1), (1, 0)])  # a turn by 90 degrees
-        return np.concatenate([arm @ np.linalg.matrix_power(quarter, k) for k in (0, 3, 2, 1)])
-    kinds = {"triangle": (3, 1), "star": (10, 0.42), "circle": (60, 1), "ring": (60, 1)}
-    corners, inner = kinds[shape]
-    angle = np.arange(corners) * 2 * np.pi / corners - np.pi / 2
-    radius = np.where(np.arange(corners) % 2, inner, 1)
-    return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], 1)
+        return np.array(CROSS)
+    corners, inner = ROUND[shape]
+    corner = np.arange(corners)
+    angle = corner * 2 * np.pi / corners - np.pi / 2
+    radius = np.where(corner % 2, inner, 1)
+    x = np.cos(angle) * radius
+    y = np.sin(angle) * radius
+    return np.stack([x, y], 1)
 
 
 def arrange(
@@ -106,7 +143,8 @@ def arrange(
         radius = side * rng.uniform(0.15, 0.2)
         room = side / 4 - radius
         corner = np.array([column, row]) * side / 2
-        spots.append((corner + side / 4 + rng.uniform(-room, room, 2), radius))
+        center = corner + side / 4 + rng.uniform(-room, room, 2)
+        spots.append((center, radius))
     return spots
 
 
@@ -117,16 +155,23 @@ def draw(
     vary."""
     spots = spots or arrange(scene, rng, side)
     big = 2 * side  # drawn at twice the size, then halved: smooth edges
-    image = np.clip(_ground(scene.ground, side, rng), 0, 255).astype(np.uint8)
+    ground = _ground(scene.ground, side, rng)
+    image = np.clip(ground, 0, 255).astype(np.uint8)
     image = cv2.resize(image, (big, big), interpolation=cv2.INTER_LINEAR)
     for thing, (center, radius) in zip(scene.things, spots, strict=True):
         tilt = rng.uniform(-0.3, 0.3)
-        turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
+        cos, sin = np.cos(tilt), np.sin(tilt)
+        turn = np.array([[cos, sin], [-sin, cos]])
         outlines = [_outline(thing.shape) @ turn]
         if thing.shape == "ring":
             outlines.append(_outline("circle") * 0.52)
-        contours = [np.round(2 * (o * radius + center)).astype(np.int32) for o in outlines]
+        contours = []
+        for outline in outlines:
+            corners = 2 * (outline * radius + center)
+            contours.append(np.round(corners).astype(np.int32))
         shade = rng.uniform(0.92, 1.0)
-        cv2.fillPoly(image, contours, tuple(int(c * shade) for c in COLORS[thing.color]))
-        cv2.polylines(image, contours, True, (24, 24, 24), max(1, big // 100), cv2.LINE_AA)
+        color = tuple(int(c * shade) for c in COLORS[thing.color])
+        width = max(1, big // 100)
+        cv2.fillPoly(image, contours, color)
+        cv2.polylines(image, contours, True, EDGE, width, cv2.LINE_AA)
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
