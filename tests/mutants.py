@@ -490,8 +490,8 @@ rr1/u1/restorer.py
 
 rr1/u1/report.py
     test_restorer.py::test_the_sampler_that_earns_most_on_training_pairs_becomes_the_models_own
-        if R.mean() > best
-        if R.mean() < best
+        if R.mean() > R_recovered.mean()
+        if R.mean() < R_recovered.mean()
         change < gate, R_damaged
         change > gate, R_damaged
 

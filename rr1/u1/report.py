@@ -95,15 +95,17 @@ def earned(scores: Scores) -> np.ndarray:
 
 def choose_sampler(model: Restorer, source, encoder: rewards.Encoder, n: int = 128) -> None:
     """Set the model's steps and gate to those that earn most on the first n pairs to train on."""
-    damaged, clean = pairs.load_pairs(source, [i % len(source) for i in range(n)], range(n))
-    best = -1.0
+    indices = [i % len(source) for i in range(n)]
+    damaged, clean = pairs.load_pairs(source, indices, range(n))  # (n, 3, side, side) each
+    R_damaged = earned(measure(damaged, clean, encoder))  # (n,)
+    R_recovered, change = np.full(n, -1.0), None
     for steps in STEPS:
         recovered = recover(model, damaged, steps=steps, gate=0.0).cpu()
         R = earned(measure(recovered, clean, encoder))
-        if R.mean() > best:
-            best, R_recovered, change = R.mean(), R, distance(recovered, damaged).numpy()
+        if R.mean() > R_recovered.mean():
+            R_recovered = R
+            change = distance(recovered, damaged).numpy()
             model.config["steps"] = steps
-    R_damaged = earned(measure(damaged, clean, encoder))
     gates = [0.0, *map(float, np.sort(change))]
     means = [np.where(change < gate, R_damaged, R_recovered).mean() for gate in gates]
     model.config["gate"] = round(gates[int(np.argmax(means))], 4)
