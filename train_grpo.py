@@ -180,9 +180,8 @@ def main(argv: list[str] | None = None) -> None:
             )  # (B, G)
 
             # 3. advantage
-            A = (
-                grpo.group_advantages(R, config.scale_by_std).float().to(rt.device)
-            )  # (B, G)
+            # (B, G)
+            A = grpo.group_advantages(R, config.scale_by_std).float().to(rt.device)
             for group, advantages in zip(groups, A):
                 group.advantages = advantages
 

@@ -41,9 +41,8 @@ from rr1.u1 import pairs, report, rewards
 from rr1.u1.restorer import Restorer, recover, to_tensor
 from runs import begin, read_rows, run_all, same_records, seconds, train
 
-CONTROL_LR = (
-    6e-4  # a quarter of stage I's: this is a second round, from the first one's end
-)
+# a quarter of stage I's: this is a second round, from the first one's end
+CONTROL_LR = 6e-4
 LEVELS = [name for name in metrics.LEVELS if name != "none"]
 LARGE_LR = 1e-3  # of the second round at the scenes' own side
 LAWS = {

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 LOSSES = ("grpo", "dr_grpo", "dapo")
-LARGEST_EXPONENT = (
-    20.0  # exp of it is 5e8: far beyond any clip, far below what float32 holds
-)
+# exp of it is 5e8: far beyond any clip, far below what float32 holds
+LARGEST_EXPONENT = 20.0
 
 
 def group_advantages(
@@ -32,9 +31,8 @@ def group_advantages(
         raise ValueError(
             f"rewards have shape {tuple(rewards.shape)}; expected (B prompts, G each)"
         )
-    rewards = (
-        rewards - rewards[:, :1]
-    )  # so that equal rewards give 0, and not rounding / eps
+    # so that equal rewards give 0, and not rounding / eps
+    rewards = rewards - rewards[:, :1]
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_by_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
@@ -110,9 +108,7 @@ def policy_loss(
         raise ValueError(f"beta is {beta}, and the KL term needs logp_ref")
     if not logp.shape == logp_old.shape == mask.shape or advantages.shape != logp.shape[:1]:
         got = [tuple(t.shape) for t in (logp, logp_old, mask, advantages)]
-        raise ValueError(
-            f"expected logp, logp_old, mask (N, L), advantages (N,); got shapes {got}"
-        )
+        raise ValueError(f"expected (N, L) thrice and advantages (N,); got {got}")
     mask = mask.bool()
     A = advantages.detach()[:, None]  # (N, 1)
     high = clip if clip_high is None else clip_high

@@ -24,9 +24,8 @@ from transformers import Cache, DynamicCache
 
 from rr1.vlm import NOBODY, PROMPT, Prompt, embed, scale_logits
 
-SHRINK_AT = (
-    0.75  # what has ended leaves once the batch without it is smaller than this share
-)
+# what has ended leaves once the batch without it is smaller than this share
+SHRINK_AT = 0.75
 
 
 @dataclass

@@ -34,9 +34,8 @@ NEVER_SAMPLED = """
 
 PROMPT, NOBODY = -1, -2  # owners of a column, beside the responses 0 .. G - 1
 PACK_FROM = 1.3  # groups are packed where that saves at least this factor of the tokens
-LOGITS_AT_ONCE = (
-    2**24
-)  # with 151,936 tokens to choose from: 110 at a time, 64 MB in float32
+# with 151,936 tokens to choose from: 110 at a time, 64 MB in float32
+LOGITS_AT_ONCE = 2**24
 
 Groups = Sequence[Sequence[Sequence[int]]]  # B groups of G responses of L token ids
 

@@ -102,9 +102,8 @@ def test_branches_of_the_row_in_the_docstring():
     assert found.own.tolist() == [[4, 5], [6, 0], [9, 0], [10, 11]]
     assert found.place.tolist() == [[0, 1, 2, 3, 8, 9, 10], [4, 5, 12, 14, 15, 0, 0]]
     assert found.mask.shape == (4, 1, 2 * 2, 4 + 2)
-    hidden = (
-        found.mask[2, 0].isinf().long().tolist()
-    )  # a prompt of two tokens, two that are padding
+    # a prompt of two tokens, two that are padding
+    hidden = found.mask[2, 0].isinf().long().tolist()
     assert hidden == [[0, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 0]] * 2
 
 

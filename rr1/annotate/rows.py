@@ -16,9 +16,8 @@ from rr1.annotate.teachers import Rejected
 from rr1.chain import IMAGE, build_question, render
 from rr1.records import DataError, open_image
 
-LONGEST_SIDES = (
-    200  # the image processor refuses a picture so many times as long as it is wide
-)
+# the image processor refuses a picture so many times as long as it is wide
+LONGEST_SIDES = 200
 
 
 def seed_of(source: Source, seed: int) -> int:

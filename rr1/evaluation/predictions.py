@@ -269,9 +269,8 @@ def make_prompt(model, processor, job: dict, plain: bool, encoded: dict) -> vlm.
     """A job's prompt. `encoded`: Shown -> its (3,) grid and its (visual tokens, H) features."""
     grids, features = zip(*(encoded[shown] for shown in pictures_of(job)))
     grid = torch.stack(grids)  # (pictures, 3)
-    text = (
-        job["question"] if plain else build_prompt(job["question"])
-    )  # choices are in it already
+    # choices are in it already
+    text = job["question"] if plain else build_prompt(job["question"])
     ids = processor.prompt_ids(text, processor.visual_tokens(grid))
     return vlm.make_prompt(model, ids, grid, features)
 
@@ -280,9 +279,8 @@ def made(job: dict, answer: rollout.Rollout, plain: bool, processor: vlm.Process
     """The row of a job that is done."""
     truth_length = job["true_length"]
     if job["true_response"] and truth_length is None:
-        truth_length = (
-            len(processor.response_ids(job["true_response"])) - 1
-        )  # without end of turn
+        # without end of turn
+        truth_length = len(processor.response_ids(job["true_response"])) - 1
     return job | {
         "plain": plain,
         "response": processor.decode(answer.ids),

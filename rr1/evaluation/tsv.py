@@ -38,9 +38,8 @@ STRENGTHS = {
     "high": "high",
 }
 LONGEST_INDEX = 64  # an image cell of at most so many characters is another row's index
-CIRCLE = (
-    1_000_000  # MMBench: index + k CIRCLE is the same question with its options turned by k
-)
+# MMBench: index + k CIRCLE is the same question with its options turned by k
+CIRCLE = 1_000_000
 # what pandas, and so VLMEvalKit, takes for an absent cell
 ABSENT = {"#N/A N/A", *"#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA>".split()}
 ABSENT |= set("N/A NA NULL NaN None n/a nan null".split())
