@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from judge import read_right, things, trained_judge
 from torch import Tensor
 
+from judge import read_right, things, trained_judge
 from rr1 import data, files, records, runtime, tiny, vlm
 from rr1.evaluation import metrics
 from rr1.evaluation.statistics import cell, interval, markdown, paired_difference

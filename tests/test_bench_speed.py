@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu
-import grpo
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
+
+import gpu
+import grpo
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "qwen2.5-vl-3b"

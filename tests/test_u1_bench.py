@@ -3,12 +3,12 @@
 import json
 from types import SimpleNamespace
 
-import judge
 import numpy as np
 import pytest
 import torch
-import u1
 
+import judge
+import u1
 from rr1.chain import Chain, render
 from rr1.evaluation import metrics
 from rr1.tiny import world

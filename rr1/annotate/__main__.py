@@ -59,7 +59,7 @@ class Config:
     limit: int = opt(0, "only the first so many questions; 0: all")
     # the damage, and the chain's length
     low: int = opt(1, "fewest types a photo; 0: some stay clean", high=16)
-    high: int = opt(4, "most types a photo (Figure 4 shows 7)", high=16)
+    high: int = opt(4, "most types a photo (Figure 4 shows 7)", low=1, high=16)
     words: list[int] = opt(
         [40, 40], "Eq. (7): words at total intensity 0, and more for each 1"
     )
