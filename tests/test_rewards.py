@@ -171,8 +171,9 @@ def test_what_the_literal_sum_pays(J):
             k - sum(errors[:k]) - (J - k), abs=1e-12
         )
     perfect, silence = r_deg(truth, truth, "pairwise"), r_deg([], truth, "pairwise")
-    # and at J = 2 both are 0
-    assert (perfect > silence) == (J == 1) and (perfect < silence) == J >= 3
+    assert (perfect > silence) == (J == 1)
+    assert (perfect == silence) == (J == 2)
+    assert (perfect < silence) == (J >= 3)
     assert r_deg(truth, truth) > r_deg([], truth)
 
 
