@@ -71,7 +71,9 @@ class Config(training.Options):
     reward_weights: list[float] = opt(
         [], "one for each reward; empty: 1 each, Eq. (9)", low=-1e9
     )
-    scale_by_std: bool = opt(True, "divide by the group's standard deviation, Eq. (10)")
+    advantage: str = opt(
+        "grpo", "from rewards to advantages; grpo: Eq. (10)", [*grpo.ADVANTAGES]
+    )
     loss: str = opt(
         "grpo", "mean over responses, as if all were longest, or tokens", grpo.LOSSES
     )
@@ -181,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
 
             # 3. advantage
             # (B, G)
-            A = grpo.group_advantages(R, config.scale_by_std).float().to(rt.device)
-            for group, advantages in zip(groups, A):
+            A = grpo.ADVANTAGES[config.advantage](weighted_terms(groups, config))
+            for group, advantages in zip(groups, A.float().to(rt.device)):
                 group.advantages = advantages
 
             # 4. score under the reference
@@ -231,6 +233,14 @@ def load_prompts(config: Config, processor, policy, chosen: list[dict]) -> data.
     batch = data.load_batch(chosen, processor, config.max_image_tokens)
     data.check_room(policy, chosen, batch, [config.max_new_tokens] * len(chosen))
     return batch
+
+
+def weighted_terms(groups: list[Group], config: Config) -> Tensor:
+    """(B, G, K): each response's K rewards, weighted; their sum is R."""
+    values = [[list(terms.values()) for terms in group.terms] for group in groups]
+    return torch.tensor(values, dtype=torch.float64) * torch.tensor(
+        config.reward_weights or 1.0
+    )
 
 
 def load_step(

@@ -87,6 +87,12 @@ def seconds(folder: Path) -> list[float]:
     return steps
 
 
+def steps_in(total: float, probe: Path, warm: int = 2) -> int:
+    """How many steps like those of a short run, the first ones left out, take `total` seconds."""
+    each = sorted(seconds(probe)[warm:])
+    return max(1, round(total / each[len(each) // 2]))
+
+
 def read_rows(path: Path) -> list[dict]:
     """Judged predictions on damaged pictures."""
     return metrics.damaged([metrics.judge(row) for row in read_lines(path)])

@@ -8,7 +8,7 @@ import torch
 from test_house import count
 
 import rr1.grpo
-from rr1.grpo import LOSSES, group_advantages, kl_to_reference, policy_loss
+from rr1.grpo import ADVANTAGES, LOSSES, group_advantages, kl_to_reference, policy_loss
 
 f64 = torch.float64
 N, L = 6, 5
@@ -65,6 +65,49 @@ def test_groups_do_not_mix_and_a_constant_changes_nothing():
     torch.testing.assert_close(whole.mean(dim=1), torch.zeros(3, dtype=f64))
     with pytest.raises(ValueError, match=r"\(8,\)"):
         group_advantages(rewards[0])
+
+
+# one group of four: rewards of two kinds, whose sums are 1, 3, 3, 5
+TERMS = torch.tensor(
+    [[[1.0, 0.0], [1.0, 2.0], [2.0, 1.0], [2.0, 3.0]]], dtype=f64
+)  # (1, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("grpo", [-math.sqrt(2), 0, 0, math.sqrt(2)]),
+        ("dr_grpo", [-2, 0, 0, 2]),
+        ("rloo", [1 - 11 / 3, 3 - 3, 3 - 3, 5 - 7 / 3]),
+        (
+            "gdpo",
+            [
+                -1 - 3 / math.sqrt(5),
+                -1 + 1 / math.sqrt(5),
+                1 - 1 / math.sqrt(5),
+                1 + 3 / math.sqrt(5),
+            ],
+        ),
+        ("maxrl", [1 / 3 - 1, 0, 0, 5 / 3 - 1]),
+        ("best", [0, 0, 0, 1]),
+    ],
+)
+def test_other_advantages(name, expected):
+    found = ADVANTAGES[name](TERMS)
+    torch.testing.assert_close(
+        found, torch.tensor([expected], dtype=f64), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_group_of_equal_rewards_has_no_advantage_by_any_rule(name):
+    for value in (0.0, 1.0):
+        assert (ADVANTAGES[name](torch.full((2, 4, 3), value, dtype=f64)) == 0).all()
+
+
+def test_maxrl_weighs_a_rare_success_by_one_over_its_share():
+    found = ADVANTAGES["maxrl"](torch.tensor([[[1.0], [0.0], [0.0], [0.0]]]))
+    assert found.tolist() == [[3.0, -1.0, -1.0, -1.0]]
 
 
 # ---------------------------------------------------------------- KL

@@ -1,5 +1,5 @@
-"""The drawn world and its model: one seed, one right answer, chains of the right form and length;
-and no trace of it elsewhere."""
+"""The drawn world and its model: one seed, one right answer, chains of the right form and
+length; and no trace of it elsewhere."""
 
 import ast
 import hashlib
@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from degrade import DEGRADATIONS, sample_degradations
-from rr1 import records, tiny, vlm
+from degrade import DEGRADATIONS, Degradation, degrade
+from rr1 import data, records, tiny, vlm
 from rr1.answers import choice_index
 from rr1.chain import TAGS, build_prompt, is_well_formed, parse, render
 from rr1.tiny import model as tiny_model
-from rr1.tiny import scenes as drawing
-from rr1.tiny import world
+from rr1.tiny import questions, scenes, world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,31 +28,25 @@ def built():
 
 
 @pytest.fixture(scope="module")
-def scenes():
+def drawn():
     rng = np.random.default_rng(0)
-    return [world.sample_scene(rng) for _ in range(300)]
+    return [scenes.sample_scene(rng) for _ in range(300)]
 
 
 @pytest.fixture(scope="module")
 def samples():
-    return [world.sample(i, seed=3) for i in range(150)]
+    return [world.sample(i, seed=3) for i in range(160)]
 
 
 @pytest.fixture(scope="module")
-def chains(processor):
-    """(total intensity, text, tokens without the end of turn) of many true chains, mixed as
-    `world.sample` mixes them."""
-    rng, rows = np.random.default_rng(1), []
-    for _ in range(1500):
-        scene = world.sample_scene(rng)
-        asked = world.questions(scene)
-        question = asked[-1] if rng.random() < 0.2 else asked[rng.integers(len(asked) - 1)]
-        damage = [] if rng.random() < 1 / 8 else sample_degradations(rng, low=1, high=2)
-        answer = None if question.kind == "caption" else question.answer
-        text = render(world.true_chain(scene, question, damage, answer))
-        rows.append(
-            (sum(d.intensity for d in damage), text, len(processor.response_ids(text)) - 1)
-        )
+def chains():
+    """(total intensity, text, length to aim for) of many good chains, mixed as the held-out
+    records are."""
+    rows = []
+    for i in range(1200):
+        record = world.undamaged(i, seed=3)[2]
+        total = sum(d["intensity"] for d in record["degradations"])
+        rows.append((total, record["conversations"][1]["value"], record["length"]))
     return rows
 
 
@@ -62,12 +55,12 @@ def chains(processor):
 HASH = """
 import hashlib, json, random
 import numpy as np
-from rr1.tiny import world
+from rr1.tiny import questions, scenes, world
 random.seed(5), np.random.seed(5)
 for i in (0, 1, 2, 17):
     clean, image, record = world.sample(i, seed=3)
-    bits = clean.tobytes() + image.tobytes() + json.dumps(record).encode()
-    print(hashlib.sha256(bits).hexdigest())
+    drawn = clean.tobytes() + image.tobytes() + json.dumps(record).encode()
+    print(hashlib.sha256(drawn).hexdigest())
 """
 
 
@@ -90,92 +83,133 @@ def test_another_seed_is_another_world():
     )
 
 
-def test_pictures_and_forms(samples):
+def test_pictures_forms_and_levels(samples):
     for clean, image, record in samples:
         assert (
             clean.shape == image.shape == (112, 112, 3)
             and clean.dtype == image.dtype == np.uint8
         )
-        assert (clean == image).all() == (
-            not any(d["intensity"] for d in record["degradations"])
-        )
-    share = {
-        form: np.mean([s.record["form"] == form for s in samples])
-        for form in ("choice", "open", "caption")
-    }
-    assert (
-        abs(share["choice"] - 0.5) < 0.15
-        and abs(share["open"] - 0.3) < 0.15
-        and abs(share["caption"] - 0.2) < 0.15
-    )
-    assert 0.03 < np.mean([not s.record["degradations"] for s in samples]) < 0.25
-    assert len({d["type"] for s in samples for d in s.record["degradations"]}) == len(
-        DEGRADATIONS
-    )
+        assert (clean == image).all() == (record["level"] == "none")
+        low, high = world.LEVELS[record["level"]]
+        total = sum(d["intensity"] for d in record["degradations"])
+        assert low < total <= high or total == low == high
+    forms = [s.record["form"] for s in samples]
+    for form, share in {"choice": 0.4, "open": 0.5, "caption": 0.1}.items():
+        assert abs(forms.count(form) / len(forms) - share) < 0.15
+    levels = [world.undamaged(i, 1)[2]["level"] for i in range(64)]
+    assert levels.count("strong") == 32 and world.TEST * 4 // 8 >= 800
+    rng = np.random.default_rng(0)
+    kinds = {kind for _ in range(400) for kind, _ in world.sample_damage(rng, "strong")}
+    assert kinds == set(DEGRADATIONS)
+
+
+# ---------------------------------------------------------------- what the damage does to a colour
+
+
+@pytest.mark.parametrize(
+    "kind, s, said, color",
+    [
+        ("darkness", 0.1, "light is low", "white"),
+        ("darkness", 0.4, "white looks grey", "white"),
+        ("darkness", 0.8, "white looks black", "white"),
+        ("saturation", 0.2, "colors fade", "red"),
+        ("saturation", 0.5, "red looks rust", "red"),
+        ("saturation", 0.95, "red looks grey", "red"),
+    ],
+)
+def test_the_ladders_are_what_the_pixels_show(kind, s, said, color):
+    """A plain field of a colour, damaged, is nearest to what INFLUENCE says that it looks like."""
+    assert questions.influence([Degradation(kind, s)]) == said
+    field = np.full((64, 64, 3), scenes.COLORS[color], np.uint8)
+    shown = degrade(field, [(kind, s)], 0).reshape(-1, 3).mean(0)
+    ladder = scenes.BRIGHTNESS if kind == "darkness" else ("red", "rust", "grey")
+
+    def seen(rgb):  # the brightness, or the colour without it
+        return np.mean(rgb) if kind == "darkness" else np.subtract(rgb, np.mean(rgb))
+
+    nearest = min(ladder, key=lambda c: np.abs(seen(shown) - seen(scenes.COLORS[c])).sum())
+    looks = said.rpartition(" looks ")
+    assert nearest == (looks[2] if looks[1] else color)
 
 
 # ---------------------------------------------------------------- scenes and questions
 
 
-def test_no_two_things_share_a_shape_a_color_or_a_place(scenes):
-    for scene in scenes:
-        for kind in zip(*scene.things):
-            assert len(set(kind)) == len(kind) == len(scene.things)
-    assert {len(scene.things) for scene in scenes} == {1, 2, 3}
+def test_no_two_things_share_a_shape_or_a_place(drawn):
+    for scene in drawn:
+        shapes, _, places = zip(*scene.things)
+        assert len(set(shapes)) == len(set(places)) == len(scene.things)
+        assert [*places] == [
+            place for place in scenes.PLACES if place in places
+        ]  # reading order
+    assert {len(scene.things) for scene in drawn} == {1, 2, 3, 4}
 
 
-def test_captions_follow_the_reading_order(scenes):
-    for scene in scenes:
-        text = world.caption(scene)
-        places = [place for place in re.findall("|".join(drawing.PLACES), text)]
-        assert places == [
-            place for place in drawing.PLACES if place in places
-        ]  # top left, top right, bottom left, ..
-        for shape, color, place in scene.things:
-            assert f"a {color} {shape} {place}" in text
-        assert text.endswith(f" on {scene.ground}") and text.count(" a ") + text.startswith(
-            "a "
-        ) == len(scene.things)
+def find(scene, words):
+    """The things that words point to: a shape, a colour, a place, or `SIDE (of) the X`, nested."""
+    if match := re.fullmatch(
+        r"(right of|left of|below|above) (?:the )?(?:one )?(.+)", words
+    ):
+        [start] = find(scene, match[2])
+        down, right = {
+            "right of": (0, 1),
+            "left of": (0, -1),
+            "below": (1, 0),
+            "above": (-1, 0),
+        }[match[1]]
+        row, column = divmod(scenes.PLACES.index(start.place), 2)
+        return [
+            t
+            for t in scene.things
+            if divmod(scenes.PLACES.index(t.place), 2) == (row + down, column + right)
+        ]
+    return [
+        t for t in scene.things if words.removeprefix("the ") in (t.shape, t.color, t.place)
+    ]
 
 
 def answers(scene, text):
     """All right answers to a question, read off the scene by its words alone."""
-    if match := re.fullmatch(r"what color is the (\w+)\?", text):
-        return [t.color for t in scene.things if t.shape == match[1]]
-    if match := re.fullmatch(r"what shape is (\w+)\?", text):
-        return [t.shape for t in scene.things if t.color == match[1]]
-    if match := re.fullmatch(r"where is the (\w+)\?", text):
-        return [t.place for t in scene.things if t.shape == match[1]]
+    if match := re.fullmatch(r"what color is (.+)\?", text):
+        return [t.color for t in find(scene, match[1])]
+    if match := re.fullmatch(r"what shape is (.+)\?", text):
+        return [t.shape for t in find(scene, match[1])]
+    if match := re.fullmatch(r"where is (.+)\?", text):
+        return [t.place for t in find(scene, match[1])]
+    counts = ("one", "two", "three", "four")
+    if match := re.fullmatch(r"how many shapes are (\w+)\?", text):
+        there = scene.things if match[1] == "there" else find(scene, match[1])
+        return [counts[len(there) - 1]]
+    if match := re.fullmatch(r"which is brighter, the (\w+) or the (\w+)\?", text):
+        pair = [t for t in scene.things if t.shape in match.groups()]
+        light = [sum(scenes.COLORS[t.color]) for t in pair]
+        assert light[0] != light[1]
+        return [pair[int(np.argmax(light))].shape]
     return {
-        "how many shapes are there?": [["one", "two", "three"][len(scene.things) - 1]],
         "what is the ground?": [scene.ground],
-        "describe the picture.": [world.caption(scene)],
+        "describe the picture.": [questions.caption(scene)],
     }[text]
 
 
-def test_every_question_has_one_right_answer(scenes):
-    for scene in scenes:
-        asked = world.questions(scene)
-        assert (
-            len({question.text for question in asked})
-            == len(asked)
-            == 3 * len(scene.things) + 3
-        )
+def test_every_question_has_one_right_answer(drawn):
+    kinds = set()
+    for scene in drawn:
+        asked = questions.questions(scene)
+        assert len({question.text for question in asked}) == len(asked)
         for question in asked:
-            assert answers(scene, question.text) == [question.answer]
-            assert question.answer in question.statement
+            assert answers(scene, question.text) == [question.answer], question
+            assert question.answer in question.statement and question.steps
+            kinds.add((question.kind, question.n_steps))
+    assert {n for _, n in kinds} == {1, 2, 3} and len(kinds) == 13
 
 
-def test_choices_hold_the_right_answer_once(scenes):
+def test_choices_hold_the_right_answer_once(drawn):
     rng, places = np.random.default_rng(0), []
-    for scene in scenes:
-        for question in world.questions(scene)[:-1]:
-            options = world.choices(question, rng)
-            assert (
-                len(set(options)) == 4
-                and options.count(question.answer) == 1
-                and set(options) <= set(question.options)
-            )
+    for scene in drawn:
+        for question in questions.questions(scene)[:-1]:
+            options = questions.choices(question, rng)
+            assert len(set(options)) == 4 and options.count(question.answer) == 1
+            assert set(options) <= set(question.options)
             places.append(options.index(question.answer))
     assert np.bincount(places).min() > len(places) / 4 * 0.85, (
         "the right choice should stand anywhere"
@@ -193,40 +227,51 @@ def test_a_record_says_what_was_asked_and_done(samples):
         assert chain.answer == record["answer"] and human.startswith("<image>")
         if record["form"] == "choice":
             right = record["choices"][choice_index(record["answer"], record["choices"])]
-            assert (
-                " ".join(f"{i}. {c}" for i, c in enumerate(record["choices"])) in human
-                and right in chain.conclusion
-            )
+            assert " ".join(f"{i}. {c}" for i, c in enumerate(record["choices"])) in human
+            assert right in chain.conclusion
         elif record["form"] == "caption":
             assert record["answer"] is None and chain.conclusion == record["caption"]
         else:
             assert record["choices"] is None and record["answer"] in chain.conclusion
 
 
+def test_a_quarter_of_the_training_records_holds_chains_and_the_split_finds_it():
+    chosen = [world.undamaged(i, 0)[2] for i in range(400)]
+    with_chain = {record["id"] for record in chosen if len(record["conversations"]) == 2}
+    assert with_chain == {r["id"] for r in chosen if data.part_of(r["id"]) == "sft"}
+    assert 70 < len(with_chain) < 130
+    assert all(
+        record["length"] > 20 and record["degradations"] is not None for record in chosen
+    )
+
+
 # ---------------------------------------------------------------- chains: form and length (Eq. 7)
 
 
-def test_true_chains_are_well_formed(chains):
+def test_true_chains_are_well_formed_and_their_length_is_known_without_a_tokenizer(
+    chains, processor
+):
     for _, text, _ in chains:
         assert is_well_formed(text) and render(parse(text)) == text
+    for _, text, _ in chains[:200]:
+        assert questions.tokens(text) == len(processor.response_ids(text)) - 1
 
 
-def test_chains_grow_with_the_total_intensity(chains):
-    totals, lengths = (
-        np.array([total for total, _, _ in chains]),
-        np.array([n for _, _, n in chains]),
-    )
-    means = [
-        lengths[(totals >= low) & (totals < low + 0.5)].mean() for low in (0, 0.5, 1.0)
+def test_good_chains_have_the_length_that_eq_7_asks_for(chains):
+    totals, texts, aims = zip(*chains)
+    lengths = [questions.tokens(text) for text in texts]
+    assert np.corrcoef(totals, lengths)[0, 1] > 0.9
+    assert np.mean(np.abs(np.subtract(lengths, aims))) < 4
+    assert max(lengths) <= 90
+
+
+def test_the_teacher_of_fine_tuning_is_of_mixed_quality():
+    rows = [world.undamaged(i, 0)[2] for i in range(2000)]
+    rows = [record for record in rows if len(record["conversations"]) == 2]
+    off = [
+        abs(questions.tokens(r["conversations"][1]["value"]) - r["length"]) for r in rows
     ]
-    assert means[0] + 5 < means[1] and means[1] + 5 < means[2], means
-    assert np.corrcoef(totals, lengths)[0, 1] > 0.6
-
-
-def test_chains_are_short_enough_for_a_laptop(chains):
-    low, high = np.percentile([n for _, _, n in chains], [5, 95])
-    assert 25 <= low and high <= 95, (low, high)
-    assert np.mean([40 <= n <= 90 for _, _, n in chains]) > 0.6
+    assert 0.3 < np.mean([d > 4 for d in off]) < 0.7
 
 
 # ---------------------------------------------------------------- tokenizer and model
@@ -247,7 +292,14 @@ def test_the_tokenizer_gives_chains_and_prompts_back(processor, chains, samples)
 
 def test_digits_stand_apart_and_each_tag_of_a_chain_is_one_token(processor, chains):
     split = processor.tokenizer.tokenize("<TYPE>noise(0.47), darkness(1.00)<TYPE_END>")
-    assert [token for token in split if any(c.isdigit() for c in token)] == list("047100")
+    assert [t for t in split if any(c.isdigit() for c in t)] == [
+        "(0.",
+        "4",
+        "7",
+        "(1.",
+        "0",
+        "0",
+    ]
     assert not [
         token
         for token in processor.tokenizer.get_vocab()
@@ -263,11 +315,9 @@ def test_digits_stand_apart_and_each_tag_of_a_chain_is_one_token(processor, chai
 
 def test_the_processor_is_qwens(processor):
     text = processor.tokenizer.decode(processor.prompt_ids("why?", [2]))
-    assert (
-        text
-        == "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>why?"
-        "<|im_end|>\n<|im_start|>assistant\n"
-    )
+    image = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    start, end = "<|im_start|>", "<|im_end|>"
+    assert text == f"{start}user\n{image}why?{end}\n{start}assistant\n"
     _, grid = processor.pixels([np.zeros((112, 112, 3), np.uint8)])
     assert grid.tolist() == [[1, 8, 8]] and processor.visual_tokens(grid) == [16]
 
@@ -282,8 +332,8 @@ def test_the_model_is_a_qwen_of_about_3_million_parameters(processor):
 @pytest.mark.parametrize("folder", [tiny.BASE, tiny.SFT], ids=["base", "sft"])
 def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
     """The layout, the tokenizer's words and where it cuts, the size that a repository bears.
-    (Which word has which id follows from
-    the order of merges, and that from the drawn world's sentences: it may move when those do.)"""
+    (Which word has which id follows from the order of merges, and that from the drawn world's
+    sentences: it may move when those do.)"""
     shipped, processor = vlm.load(folder)
     model = tiny_model.build_model(built.tokenizer)
     assert {n: p.shape for n, p in shipped.named_parameters()} == {
@@ -293,7 +343,6 @@ def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
         shipped.config.text_config.rope_parameters
         == model.config.text_config.rope_parameters
     )
-    assert set(processor.tokenizer.get_vocab()) == set(built.tokenizer.get_vocab())
     for text in tiny_model.corpus(40, seed=1):
         assert processor.tokenizer.tokenize(text) == built.tokenizer.tokenize(text), text
     assert (
@@ -317,21 +366,21 @@ def test_written_records_load(world_folder):
         and not {r["id"] for r in train} & {r["id"] for r in test}
     )
     for record in [*train, *test]:
-        assert records.open_image(record["image"]).size == (112, 112)
+        assert data.open_image(record["image"]).size == (112, 112)
         assert record["chain"].degradations == record["degradations"] and (
             record["choices"] is not None
         ) == (record["form"] == "choice")
     for record in test:
         clean, damaged = (
-            np.asarray(records.open_image(record[key])) for key in ("clean_image", "image")
+            np.asarray(data.open_image(record[key])) for key in ("clean_image", "image")
         )
         assert (clean == damaged).all() == (
             not any(d.intensity for d in record["degradations"])
         )
     drawn = world.sample(5, seed=0)
-    assert (
-        np.asarray(records.open_image(train[5]["image"])) == drawn.image
-    ).all() and train[5]["id"] == drawn.record["id"]
+    assert (np.asarray(data.open_image(train[5]["image"])) == drawn.image).all() and train[
+        5
+    ]["id"] == drawn.record["id"]
 
 
 def test_a_world_cut_off_while_it_was_written_is_finished_and_one_that_is_whole_is_left_alone(
@@ -367,7 +416,7 @@ def test_a_world_of_another_version_is_not_trained_on(tmp_path, monkeypatch):
         tmp_path / "world" / "test.jsonl"
     )  # with `clean_image`, which is no difference
     path = tmp_path / "world" / "train.jsonl"
-    path.write_text(path.read_text().replace("the picture shows", "one sees"))
+    path.write_text(path.read_text().replace("what shape", "which shape"))
     with pytest.raises(
         SystemExit, match="drawn by another version of rr1: delete that folder"
     ):

@@ -1,5 +1,10 @@
 """What the tiny model is taught from: endless pictures, what is drawn on them, how they are
-damaged, and talk about them."""
+damaged, and talk about them.
+
+The language model sees clean pictures, a tenth of them mildly damaged. What the vision tower reads
+of the content, it reads of clean and mildly damaged pictures; how a picture is damaged, it reads of
+all.
+"""
 
 from __future__ import annotations
 
@@ -8,55 +13,59 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from degrade import DEGRADATIONS, Degradation, degrade, sample_degradations
+from degrade import Degradation, degrade
 from rr1.chain import build_question
-from rr1.tiny import questions, scenes
+from rr1.tiny import questions, scenes, world
 
-TYPES = list(DEGRADATIONS)
-FIRST = "\nsay what you see, then answer."
+STEPWISE = "say what you see, then answer step by step."
 
 
 class Batches(IterableDataset):
-    """Endless batches, made in a worker process. `phase` says what is in them."""
+    """Endless batches, made in a worker process: `talking` pictures with conversations, and
+    `damaged` ones without."""
 
-    def __init__(self, processor, phase: str, batch: int, seed: list[int]):
-        self.processor = processor
-        self.phase = phase
-        self.batch = batch
-        self.seed = seed
+    def __init__(self, processor, talking: int, damaged: int, seed: list[int], talk: bool):
+        self.processor, self.talking, self.damaged = processor, talking, damaged
+        self.seed, self.talk = seed, talk
 
     def __iter__(self):
         cv2.setNumThreads(1)
         torch.set_num_threads(1)
         rng = np.random.default_rng(self.seed)
         while True:
-            yield self.pictures(rng)
+            yield self.batch(rng)
 
-    def pictures(self, rng: np.random.Generator) -> dict:
-        """Pictures with what is drawn, how they are damaged and, in the last phase, conversations
-        about them."""
-        cells = np.zeros((self.batch, 4, 4, 2), np.int64)
-        grounds = np.zeros(self.batch, np.int64)
-        damage = np.zeros((self.batch, 2, len(TYPES)), np.float32)  # present?, intensity
-        images, talks = [], []
-        for b in range(self.batch):
-            scene = scenes.sample_scene(rng)
+    def batch(self, rng: np.random.Generator) -> dict:
+        """Pixels; what is at each visual token and on the ground (-100: not to be read); the
+        damage; conversations."""
+        n = self.talking + self.damaged
+        cells = np.full((n, 4, 4, 2), -100, np.int64)  # shape and colour, 0 = nothing there
+        grounds = np.full(n, -100, np.int64)
+        damage = np.zeros((n, 2, len(world.TYPES)), np.float32)  # present?, intensity
+        images, talks, lines = [], [], []
+        for b in range(n):
+            scene = seen = scenes.sample_scene(rng)
+            note = ""
+            if b < self.talking and rng.random() < 0.35:
+                seen, note = looks_otherwise(scene, rng)
             spots = scenes.arrange(scene, rng)
-            image = scenes.draw(scene, rng, spots=spots)
-            applied = []
-            if rng.random() < 0.75:
-                applied = sample_degradations(rng, low=1, high=2)
-                seed = int(rng.integers(2**31))
-                image = degrade(image, applied, seed=seed)
+            image = scenes.draw(seen, rng, spots=spots)
+            applied = sample_lesson_damage(
+                rng,
+                mild=b < self.talking,
+                rare=self.talk,
+            )
+            image = degrade(image, applied, seed=int(rng.integers(2**31)))
             for kind, s in applied:
-                damage[b, :, TYPES.index(kind)] = 1, s
-            cells[b] = cells_of(scene, spots)
-            grounds[b] = scenes.GROUNDS.index(scene.ground)
+                damage[b, :, world.TYPES.index(kind)] = 1, s
             images.append(image)
-            if self.phase == "whole":
-                talks.append(self.conversations(scene, applied, rng))
+            if b < self.talking:
+                cells[b] = cells_of(seen, spots)
+                grounds[b] = scenes.GROUNDS.index(scene.ground)
+                if self.talk:
+                    talks.append(self.conversations(scene, note, rng))
+                    lines.append(self.line(rng))
         pixel_values, grid = self.processor.pixels(images)
-        lines = [self.line(rng) for _ in talks]
         batch = {
             "pixel_values": pixel_values,
             "grid": grid,
@@ -64,92 +73,132 @@ class Batches(IterableDataset):
             "lines": lines,
         }
         arrays = {"cells": cells, "grounds": grounds, "damage": damage}
-        for name, array in arrays.items():
-            batch[name] = torch.from_numpy(array)
-        return batch
+        return batch | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def line(self, rng: np.random.Generator) -> list[int]:
-        """The sentences of a chain, without tags and without a picture: the language that
+        """The sentences of a chain without tags and without a picture: the language that
         fine-tuning will put in order."""
         scene = scenes.sample_scene(rng)
-        asked = questions.questions(scene)
-        question = asked[rng.integers(len(asked))]
-        damage = sample_degradations(rng, low=1, high=2)
-        chain = questions.true_chain(scene, question, damage, None)
-        text = "\n".join(
-            [in_words(damage), chain.influence, chain.reasoning, chain.conclusion]
+        level = ("light", "medium", "strong")[rng.integers(3)]
+        length = int(rng.integers(28, 72))
+        question = questions.ask(scene, rng)
+        chain = questions.true_chain(
+            scene,
+            question,
+            world.sample_damage(rng, level),
+            None,
+            length,
         )
-        return self.processor.response_ids(text)
+        damage = ", ".join(f"{kind}({s:.2f})" for kind, s in chain.degradations)
+        parts = [
+            question.text,
+            damage,
+            chain.influence,
+            chain.reasoning,
+            chain.conclusion,
+        ]
+        return self.processor.response_ids("\n".join(parts))
 
     def conversations(
-        self, scene: scenes.Scene, damage: list[Degradation], rng: np.random.Generator
-    ) -> list[tuple[list[int], list[str], list[int]]]:
-        """What follows the picture: eight turns in any order. A caption; how it is damaged; three
-        open questions and one with choices; two more, one of them with choices, answered after
-        saying what is there.
-
-        Four turns stand alone: from those, looking at the picture is learnt fast. Four make one
-        long conversation: its end is far from the picture, as the end of a chain will be.
-        -> token ids, the kind of each turn, the turn whose answer each token belongs to (-1: none).
-        """
-        *asked, describe = questions.questions(scene)
+        self, scene: scenes.Scene, note: str, rng: np.random.Generator
+    ) -> list[tuple]:
+        """What follows the picture: a caption, five questions answered at once, two of them with
+        choices, and two answered step by step. Four turns stand alone: from those, looking at
+        the picture is learnt fast. The others make one long conversation: its end is far from
+        the picture, as the end of a chain will be. Each question begins with the note."""
+        describe = questions.questions(scene)[-1]
         turns = [("caption", describe.text, describe.answer)]
-        turns.append(
-            ("damage", "how is the picture damaged?", in_words(damage) or "nothing")
-        )
-        chosen = rng.permutation(2 * len(asked))[:6]
-        for k, i in enumerate(chosen):
-            question = asked[i % len(asked)]
-            options = None
-            if k in (3, 5):
-                options = questions.choices(question, rng)
-            kind = "choice" if options else "open"
-            text, answer = build_question(question.text, options), question.answer
-            if k >= 4:
-                kind = "explained"
-                text += FIRST
-                answer = (
-                    f"the picture shows {describe.answer}\n{question.statement}\n{answer}"
-                )
+        for k in range(7):
+            question = questions.ask(scene, rng)
+            if k in (0, 2):  # looking a thing up by its shape is learnt last
+                asked = questions.questions(scene)
+                asked = [
+                    question for question in asked if question.kind in ("color", "place")
+                ]
+                question = asked[rng.integers(len(asked))]
+            stepwise = k >= 5
+            options = questions.choices(question, rng) if k in (1, 3, 5) else None
+            text = build_question(question.text, options)
+            answer = question.answer
+            if stepwise:
+                listed = [str(thing) for thing in scene.things]
+                listed = listed[: rng.integers(len(listed) + 1)]
+                seen = ", ".join([*listed, *question.steps])
+                text += f"\n{STEPWISE}"
+                answer = f"{seen}\n{question.statement}\n{question.answer}"
+            kind = (
+                "stepwise"
+                if stepwise
+                else "choice"
+                if options
+                else f"{question.n_steps} steps"
+            )
             turns.append((kind, text, answer))
+        turns = [(kind, note + text, answer) for kind, text, answer in turns]
         turns = [turns[i] for i in rng.permutation(len(turns))]
-        parts = [[turn] for turn in turns[:4]]
-        parts.append(turns[4:])
-        return [self.conversation(part) for part in parts]
+        return [
+            self.conversation(part) for part in (*([turn] for turn in turns[:4]), turns[4:])
+        ]
 
     def conversation(
         self, turns: list[tuple[str, str, str]]
-    ) -> tuple[list[int], list[str], list[int]]:
-        """(kind, question, answer) of each turn, one after the other, as `conversations` has it."""
-        ids, owner = [], []
-        for number, (_, text, answer) in enumerate(turns):
+    ) -> tuple[list[int], list[tuple]]:
+        """(kind, question, answer) of each turn, one after the other -> token ids; of each
+        answer its kind and where it starts and ends."""
+        ids, answers = [], []
+        for kind, text, answer in turns:
             prompt = self.processor.prompt_ids(text, [1])
-            image = prompt.index(self.processor.image_token_id)
-            prompt = prompt[image + 2 :]  # what follows <|vision_end|>
-            if number:  # the picture belongs to the first turn alone
+            prompt = prompt[
+                prompt.index(self.processor.image_token_id) + 2 :
+            ]  # after <|vision_end|>
+            if ids:  # the picture belongs to the first turn alone
                 prompt = (
                     self.processor.tokenizer("\n<|im_start|>user\n")["input_ids"] + prompt
                 )
             response = self.processor.response_ids(answer)
-            ids += prompt
-            ids += response
-            owner += [-1] * len(prompt) + [number] * len(response)
-        return ids, [kind for kind, _, _ in turns], owner
+            start = len(ids) + len(prompt)
+            ids += prompt + response
+            answers.append((kind, start, start + len(response)))
+        return ids, answers
 
 
-def in_words(damage: list[Degradation]) -> str:
-    return ", ".join(f"{kind}({s:.2f})" for kind, s in damage)
+def sample_lesson_damage(
+    rng: np.random.Generator, mild: bool, rare: bool
+) -> list[Degradation]:
+    """None or, in a half (a tenth where `rare`), a mild one; or any, where it need not be mild."""
+    if not mild:
+        level = ("light", "medium", "strong", "strong")[rng.integers(4)]
+        return world.sample_damage(rng, level)
+    if rng.random() > (0.1 if rare else 0.5):
+        return []
+    return [Degradation(str(rng.choice(world.TYPES)), float(rng.uniform(0.1, 0.35)))]
+
+
+def looks_otherwise(
+    scene: scenes.Scene, rng: np.random.Generator
+) -> tuple[scenes.Scene, str]:
+    """The scene with some colours drawn as others, and a note that says so ("white looks grey").
+    Who reads the note can tell the true colours: no colour of the scene is looked like."""
+    true = sorted({thing.color for thing in scene.things})
+    others = [color for color in scenes.COLORS if color not in true]
+    rng.shuffle(others)
+    n = int(rng.integers(4))
+    changed = [true[rng.integers(len(true))], *others[:n]]
+    rng.shuffle(changed)
+    looks = dict(zip(changed, others[n:], strict=False))
+    things = [
+        thing._replace(color=looks.get(thing.color, thing.color)) for thing in scene.things
+    ]
+    note = ", ".join(f"{color} looks {other}" for color, other in looks.items())
+    return scene._replace(things=tuple(things)), f"{note}\n"
 
 
 def cells_of(scene: scenes.Scene, spots: list) -> np.ndarray:
     """Shape and colour at each visual token, int (4, 4, 2); 0 is nothing."""
-    middle = 14 + 28 * np.arange(4)
-    x, y = np.meshgrid(middle, middle)  # of each token, (4, 4)
+    middles = np.stack(np.meshgrid(*2 * [14 + 28 * np.arange(4)]), -1)  # (4, 4, 2): x, y
     cells = np.zeros((4, 4, 2), np.int64)
     for thing, (center, radius) in zip(scene.things, spots, strict=True):
-        distance = np.hypot(x - center[0], y - center[1])
-        covered = distance < radius + 6
+        covered = np.hypot(*(middles - center).transpose(2, 0, 1)) < radius + 6
         color = list(scenes.COLORS).index(thing.color)
-        shape = scenes.SHAPES.index(thing.shape)
-        cells[covered] = 1 + shape, 1 + color
+        cells[covered] = 1 + scenes.SHAPES.index(thing.shape), 1 + color
     return cells

@@ -20,9 +20,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
 )
 
-from degrade import sample_degradations
 from rr1.chain import build_prompt, render
-from rr1.tiny import questions, scenes
+from rr1.tiny import questions, scenes, world
 from rr1.vlm import Processor
 
 SPECIAL = [
@@ -46,16 +45,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def corpus(n: int = 4000, seed: int = 0) -> list[str]:
+def corpus(n: int = 6000, seed: int = 0) -> list[str]:
     """Text of the drawn world, a question and its chain a line each: what the tokenizer is
     trained on."""
     rng, lines = np.random.default_rng(seed), []
+    levels = list(world.LEVELS)
     for _ in range(n):
         scene = scenes.sample_scene(rng)
-        for question in questions.questions(scene):
-            damage = sample_degradations(rng, low=1, high=3)
+        damage = world.sample_damage(rng, levels[rng.integers(len(levels))])
+        for question in (questions.ask(scene, rng), questions.questions(scene)[-1]):
             options = questions.choices(question, rng) if question.options else None
-            chain = questions.true_chain(scene, question, damage, question.answer)
+            chain = questions.true_chain(
+                scene, question, damage, question.answer, int(rng.integers(28, 72))
+            )
             lines += [build_prompt(question.text, options), render(chain)]
     return lines
 
@@ -64,9 +66,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            # a tag with the line break before it | a digit | a word | marks | white space
+            # a tag with its line break | how an intensity begins | a digit | a word | marks | space
             pre_tokenizers.Split(
-                Regex(r"\n?<[A-Z_]+>|\d| ?\p{L}+| ?[^\s\p{L}\d<]+|<|\s"), "isolated"
+                Regex(r"\n?<[A-Z_]+>|\([01]\.|\d| ?\p{L}+| ?[^\s\p{L}\d<]+|<|\s"),
+                "isolated",
             ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]

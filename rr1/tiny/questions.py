@@ -1,31 +1,45 @@
-"""What is asked of a scene, and the chain that an ideal reader would write about it.
+"""What is asked of a scene, and the chain that answers it step by step.
 
-Every question has one right answer, and a caption names the shapes in one fixed reading order, so
-that it has one right form.
+Questions take one to three steps. Each step is a question of its own: thing to place, place to
+thing, the neighbour, counting, comparing; to count is to find, then to count. A chain leaves
+nothing out that a later part needs: TYPE names the damage, INFLUENCE says what that changes or
+hides ("white looks grey"), REASONING says what is truly there and goes the steps of the
+question, CONCLUSION says what follows ("the star is white").
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from degrade import Degradation
-from rr1.chain import Chain
-from rr1.tiny.scenes import COLORS, GROUNDS, PLACES, SHAPES, Scene
+from rr1.chain import Chain, render
+from rr1.tiny.scenes import BRIGHTNESS, COLORS, GROUNDS, PLACES, SHAPES, Scene, Thing
 
-COUNTS = ("one", "two", "three", "four")  # four never happens: it is a wrong choice
+COUNTS = ("one", "two", "three", "four")
+BESIDE = {
+    "right of": (0, 1),
+    "left of": (0, -1),
+    "below": (1, 0),
+    "above": (-1, 0),
+}  # row, column
+PIECE = re.compile(r"\n?<[A-Z_]+>|\([01]\.|\d| ?[a-z]+| ?[^\sa-z\d<]+|\s")
 
 
 class Question(NamedTuple):
-    kind: str  # "color", "shape", "place", "count", "ground", "caption"
+    """One question. `steps` are what REASONING says on the way, with {COLOR} for what a colour
+    seems to be."""
+
+    kind: str
+    n_steps: int
     text: str
     answer: str
     statement: str  # the answer as a sentence: the chain's conclusion
+    steps: tuple[str, ...]
     options: tuple[str, ...]  # what a choice question draws its wrong choices from
-
-
-# ---------------------------------------------------------------- questions
 
 
 def caption(scene: Scene) -> str:
@@ -35,20 +49,127 @@ def caption(scene: Scene) -> str:
 def questions(scene: Scene) -> list[Question]:
     """Every question that can be asked of a scene; the caption is the last."""
     asked = []
-    for shape, color, place in scene.things:
-        text, said = f"what color is the {shape}?", f"the {shape} is {color}"
-        asked.append(Question("color", text, color, said, tuple(COLORS)))
-        text, said = f"what shape is {color}?", f"the {color} shape is a {shape}"
-        asked.append(Question("shape", text, shape, said, SHAPES))
-        text, said = f"where is the {shape}?", f"the {shape} is {place}"
-        asked.append(Question("place", text, place, said, PLACES))
-    count = COUNTS[len(scene.things) - 1]
-    said = f"the number of shapes is {count}"
-    asked.append(Question("count", "how many shapes are there?", count, said, COUNTS))
-    said = f"the ground is {scene.ground}"
-    asked.append(Question("ground", "what is the ground?", scene.ground, said, GROUNDS))
+    colors = [thing.color for thing in scene.things]
+    for thing in scene.things:
+        asked += _about(thing, unique_color=colors.count(thing.color) == 1)
+        asked += _beside(scene, thing)
+    for color in dict.fromkeys(colors):
+        names = [thing.shape for thing in scene.things if thing.color == color]
+        number, steps = COUNTS[len(names) - 1], (", ".join(names),)
+        text, said = (
+            f"how many shapes are {color}?",
+            f"the number of {color} shapes is {number}",
+        )
+        asked.append(Question("count color", 3, text, number, said, steps, COUNTS))
+    asked += _compared(scene)
+    number, names = (
+        COUNTS[len(colors) - 1],
+        ", ".join(thing.shape for thing in scene.things),
+    )
+    text, said = "how many shapes are there?", f"the number of shapes is {number}"
+    asked.append(Question("count", 2, text, number, said, (names,), COUNTS))
+    text, said = "what is the ground?", f"the ground is {scene.ground}"
+    asked.append(
+        Question("ground", 1, text, scene.ground, said, ("under the shapes",), GROUNDS)
+    )
     described = caption(scene)
-    return [*asked, Question("caption", "describe the picture.", described, described, ())]
+    text, steps = "describe the picture.", (f"{number} shapes",)
+    return [*asked, Question("caption", 1, text, described, described, steps, ())]
+
+
+def _about(thing: Thing, unique_color: bool) -> list[Question]:
+    """One step: from one property of a thing to another."""
+    shape, color, place = thing
+    seen, at = f"it is {color}", f"the {shape} is {place}"
+    asked = [
+        Question(
+            "color",
+            1,
+            f"what color is the {shape}?",
+            color,
+            f"the {shape} is {color}",
+            (at,),
+            tuple(COLORS),
+        ),
+        Question("place", 1, f"where is the {shape}?", place, at, (seen,), PLACES),
+        Question("at", 1, f"what shape is {place}?", shape, at, (seen,), SHAPES),
+    ]
+    if unique_color:
+        text, said = f"what shape is {color}?", f"the {color} shape is a {shape}"
+        asked.append(Question("shape", 1, text, shape, said, (f"it is {place}",), SHAPES))
+    return asked
+
+
+def _beside(scene: Scene, start: Thing) -> list[Question]:
+    """Two steps: the neighbour of a thing. Three: the neighbour's neighbour, round the corner."""
+    asked = []
+    for side, first in _neighbours(scene, start):
+        steps = (f"the {start.shape} is {start.place}", f"{side} it is {first.place}")
+        asked += _named("beside", 2, f"{side} the {start.shape}", first, steps)
+        for turn, last in _neighbours(scene, first):
+            if last is not start:
+                further = (*steps, f"{turn} that is {last.place}")
+                asked += _named(
+                    "corner", 3, f"{turn} the one {side} the {start.shape}", last, further
+                )
+    return asked
+
+
+def _named(
+    kind: str, n: int, where: str, thing: Thing, steps: tuple[str, ...]
+) -> list[Question]:
+    """Shape and colour of the thing that the steps lead to."""
+    shape, color, place = thing
+    text, said = f"what shape is {where}?", f"the {shape} is {place}"
+    of_color = f"what color is {where}?"
+    return [
+        Question(kind, n, text, shape, said, steps, SHAPES),
+        Question(
+            f"{kind} color",
+            n,
+            of_color,
+            color,
+            f"the shape {place} is {color}",
+            steps,
+            tuple(COLORS),
+        ),
+    ]
+
+
+def _neighbours(scene: Scene, thing: Thing) -> list[tuple[str, Thing]]:
+    row, column = divmod(PLACES.index(thing.place), 2)
+    at = {divmod(PLACES.index(other.place), 2): other for other in scene.things}
+    spots = {side: (row + down, column + right) for side, (down, right) in BESIDE.items()}
+    return [(side, at[spot]) for side, spot in spots.items() if spot in at]
+
+
+def _compared(scene: Scene) -> list[Question]:
+    """Three steps: two colours on the ladder of brightness, and which of them is brighter."""
+    asked = []
+    plain = [thing for thing in scene.things if thing.color in BRIGHTNESS]
+    for one in plain:
+        for other in plain:
+            if one.color == other.color:
+                continue
+            brighter = min(one, other, key=lambda thing: BRIGHTNESS.index(thing.color))
+            steps = tuple(f"the {thing.shape} is {thing.color}" for thing in (one, other))
+            text = f"which is brighter, the {one.shape} or the {other.shape}?"
+            said = f"the {brighter.shape} is brighter"
+            asked.append(Question("compare", 3, text, brighter.shape, said, steps, SHAPES))
+    return asked
+
+
+def ask(scene: Scene, rng: np.random.Generator, n_steps: int | None = None) -> Question:
+    """A question that is not a caption: first how many steps (default: four tenths one, three
+    two), then which kind."""
+    asked = questions(scene)[:-1]
+    n_steps = n_steps or int(rng.choice([1, 2, 3], p=[0.4, 0.3, 0.3]))
+    most = max(question.n_steps for question in asked)
+    asked = [question for question in asked if question.n_steps == min(n_steps, most)]
+    kinds = sorted({question.kind for question in asked})
+    kind = kinds[rng.integers(len(kinds))]
+    asked = [question for question in asked if question.kind == kind]
+    return asked[rng.integers(len(asked))]
 
 
 def choices(question: Question, rng: np.random.Generator) -> list[str]:
@@ -62,49 +183,83 @@ def choices(question: Question, rng: np.random.Generator) -> list[str]:
 
 EFFECTS = {
     "lens blur": "edges are soft",
-    "lens flare": "light veils the scene",
-    "motion blur": "edges smear one way",
-    "dirty lens": "spots dim the view",
-    "saturation": "colors look pale",
+    "lens flare": "light veils parts",
+    "motion blur": "edges smear",
+    "dirty lens": "spots dim parts",
     "compression": "blocks eat detail",
-    "block change": "pieces swap places",
-    "shifting": "bands slide sideways",
-    "scan lines": "stripes cross the scene",
-    "darkness": "the scene is dim",
-    "atmospheric turbulence": "shapes wobble",
+    "block change": "blocks swap places",
+    "shifting": "rows slide sideways",
+    "scan lines": "stripes hide rows",
+    "atmospheric turbulence": "outlines wobble",
     "noise": "grain hides detail",
-    "color diffusion": "colors bleed over edges",
+    "color diffusion": "colors bleed",
     "sharpness change": "edges ring",
-    "graffiti": "strokes cover parts",
-    "watermark damage": "marks lie over the scene",
+    "graffiti": "paint covers shapes",
+    "watermark damage": "letters cover shapes",
+}
+# darkness and saturation: from which intensity which colours look like which others
+LADDERS = {
+    "darkness": {
+        0: "light is low",
+        0.15: "white looks grey",
+        0.35: "white looks grey, grey looks black",
+        0.65: "white looks black, grey looks black",
+    },
+    "saturation": {
+        0: "colors fade",
+        0.25: "red looks rust, blue looks slate, green looks sage",
+        0.75: "red looks rust, green looks grey, yellow looks white",
+    },
 }
 
 
-def _severity(s: float) -> str:
-    return "slightly" if s < 1 / 3 else "clearly" if s < 2 / 3 else "badly"
+def influence(degradations: Sequence[Degradation]) -> str:
+    """What the damage hides or changes."""
+    said = []
+    for kind, s in degradations:
+        steps = LADDERS.get(kind, {0: EFFECTS.get(kind)})
+        said.append(steps[max(least for least in steps if least <= s)])
+    return ", ".join(said) or "nothing is hidden"
+
+
+def tokens(text: str) -> int:
+    """The text's length in tokens: every word, tag, digit and mark is one."""
+    return len(PIECE.findall(text))
+
+
+def right_length(degradations: Sequence[Degradation]) -> int:
+    """Eq. (7): the tokens that a chain should have, linear in the total intensity."""
+    return round(30 + 13 * sum(s for _, s in degradations))
 
 
 def true_chain(
-    scene: Scene, question: Question, degradations: list[Degradation], answer: str | None
+    scene: Scene,
+    question: Question,
+    degradations: Sequence[Degradation],
+    answer: str | None,
+    length: int | None = None,
+    steps: bool = True,
 ) -> Chain:
-    """The chain that an ideal reader would write. It grows with the total intensity, Eq. (7)."""
-    total = sum(s for _, s in degradations)
-    effects = [f"{EFFECTS[kind]} {_severity(s)}" for kind, s in degradations]
-    influence = ", ".join(effects) or "nothing is hidden"
-    if total >= 0.5:
-        influence += ", shapes and colors are harder to tell"
-    if total >= 1.0:
-        influence += ", and some may be lost"
+    """The chain whose length is nearest to `length` (default: Eq. 7).
 
-    asked_about = [
-        t for t in scene.things if t.shape in question.text or t.color in question.text
+    REASONING first lists some of the things, the more the longer, then goes the question's steps.
+    The shortest chain holds the last step alone; so does every one without `steps`.
+    """
+    length = right_length(degradations) if length is None else length
+    way = list(question.steps)
+    listed = [] if question.kind == "caption" else [str(thing) for thing in scene.things]
+    reasonings = [way[-1:]]
+    reasonings += [
+        listed[:n] + (way if steps else way[-1:]) for n in range(len(listed) + 1)
     ]
-    seen = ", ".join(map(str, scene.things))
-    if question.kind == "caption":
-        seen = f"{COUNTS[len(scene.things) - 1]} of the shapes"
-    elif total < 0.5 and question.kind != "count":
-        seen = str(asked_about[0]) if asked_about else scene.ground
-    reasoning = f"the picture shows {seen}"
-    if total >= 1.0:
-        reasoning = f"without the damage {reasoning} on {scene.ground}"
-    return Chain(degradations, influence, reasoning, question.statement, answer)
+    drafts = [
+        Chain(
+            list(degradations),
+            influence(degradations),
+            ", ".join(r),
+            question.statement,
+            answer,
+        )
+        for r in reasonings
+    ]
+    return min(drafts, key=lambda chain: abs(tokens(render(chain)) - length))

@@ -1,7 +1,10 @@
 """Scenes of the drawn world and their pictures.
 
-A scene is a textured ground with one to three coloured shapes, each in a quarter of its own, drawn
-at 112 x 112 pixels (16 visual tokens). No two shapes of a scene share a shape, a colour or a place.
+A scene is a textured ground with one to four coloured shapes, each in a quarter of its own, drawn
+at 112 x 112 pixels (16 visual tokens). No two share a shape or a place; colours may repeat. The
+colours stand on two ladders, so that what one looks like depends on the damage: white, grey and
+black differ in brightness alone, and rust, slate and sage are red, blue and green with half of
+their colour gone.
 """
 
 from __future__ import annotations
@@ -13,13 +16,20 @@ import numpy as np
 
 SIDE = 112  # pixels; Qwen2.5-VL turns 28 x 28 of them into one token
 COLORS = {
+    "white": (244, 244, 244),
+    "grey": (134, 134, 134),
+    "black": (46, 46, 46),
     "red": (214, 44, 40),
-    "green": (30, 196, 70),
     "blue": (40, 84, 214),
+    "green": (30, 196, 70),
+    "rust": (148, 72, 70),
+    "slate": (65, 85, 143),
+    "sage": (86, 160, 104),
     "yellow": (240, 208, 48),
-    "purple": (142, 52, 176),
-    "white": (242, 242, 242),
 }
+BRIGHTNESS = ("white", "grey", "black")
+# twice as frequent: dark or faded, they look like others
+FICKLE = ("white", "grey", "red", "blue", "green")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = (
     "top left",
@@ -36,7 +46,7 @@ class Thing(NamedTuple):
     place: str
 
     def __str__(self) -> str:
-        return f"a {self.color} {self.shape} {self.place}"
+        return f"{self.color} {self.shape} {self.place}"
 
 
 class Scene(NamedTuple):
@@ -45,15 +55,22 @@ class Scene(NamedTuple):
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """One to three things with distinct shapes, colours and places."""
-    n = int(rng.integers(1, 4))
+    """One to four things with distinct shapes and places; a third of them repeat the colour of
+    the one before."""
+    n = int(rng.choice([1, 2, 3, 4], p=[0.1, 0.25, 0.35, 0.3]))
     shapes = rng.permutation(SHAPES)[:n]
-    colors = rng.permutation(list(COLORS))[:n]
+    weights = np.array([2 if color in FICKLE else 1 for color in COLORS])
+    colors = list(
+        rng.choice(list(COLORS), size=n, replace=False, p=weights / weights.sum())
+    )
+    for i in range(1, n):
+        if rng.random() < 1 / 3:
+            colors[i] = colors[i - 1]
     places = sorted(rng.permutation(len(PLACES))[:n])
     things = []
-    for shape, color, place in zip(shapes, colors, places):
+    for shape, color, place in zip(shapes, colors, places, strict=True):
         things.append(Thing(str(shape), str(color), PLACES[place]))
-    return Scene(GROUNDS[rng.integers(len(GROUNDS))], tuple(things))
+    return Scene(str(rng.choice(GROUNDS)), tuple(things))
 
 
 # ---------------------------------------------------------------- pictures
@@ -161,7 +178,7 @@ def draw(
         for outline in outlines:
             corners = 2 * (outline * radius + center)
             contours.append(np.round(corners).astype(np.int32))
-        shade = rng.uniform(0.88, 1.0)
+        shade = rng.uniform(0.92, 1.0)
         color = tuple(int(c * shade) for c in COLORS[thing.color])
         width = max(1, big // 100)
         cv2.fillPoly(image, contours, color)

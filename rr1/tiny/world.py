@@ -1,14 +1,19 @@
-"""The drawn world on disk: a data set for a laptop with nothing downloaded.
+"""The drawn world: pictures, damage, questions and chains for a laptop with nothing downloaded.
 
-Everything follows from a seed and an index. Scenes and pictures: scenes.py; questions and true
-chains: questions.py.
+Everything follows from a seed and an index. Scenes come in four levels of total intensity: none,
+light (up to .75), medium (up to 1.5) and strong (1.5 to 3); half of them are strong. The quarter of
+the training records that fine-tuning uses holds chains, by a teacher of mixed quality: in six of
+ten it says the more the more it sees, so that their lengths run against the damage, and in a
+quarter steps are left out. The other three quarters hold labels alone: the damage, the answer, and
+the length to aim for.
 
-    python -m rr1.tiny.world --out runs/tiny-world   # writes train.jsonl, test.jsonl and the images
+    python -m rr1.tiny.world --out runs/tiny-world      # train.jsonl, test.jsonl, the images
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,13 +23,22 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from degrade import Degradation, degrade, sample_degradations
+from degrade import STAGES, Degradation, degrade
 from rr1.chain import build_question, render
-from rr1.files import lines_of, write_text
-from rr1.tiny.questions import caption, choices, questions, true_chain
+from rr1.files import write_text
+from rr1.tiny.questions import ask, caption, choices, questions, right_length, true_chain
 from rr1.tiny.scenes import draw, sample_scene
 
-TRAIN, TEST = 24576, 1024  # records in the written data set
+TRAIN, TEST = 24576, 1632  # records in the written data set
+LEVELS = {"none": (0, 0), "light": (0, 0.75), "medium": (0.75, 1.5), "strong": (1.5, 3)}
+ORDER = ("none", "light", "medium", "medium", "strong", "strong", "strong", "strong")
+TYPES = [kind for kinds in STAGES.values() for kind in kinds]
+DECIDING = {
+    "darkness": 4,
+    "saturation": 4,
+    "graffiti": 2,
+    "shifting": 2,
+}  # times as frequent
 
 
 class Sample(NamedTuple):
@@ -33,33 +47,67 @@ class Sample(NamedTuple):
     record: dict  # one line of the data set
 
 
+def sample_damage(rng: np.random.Generator, level: str) -> list[Degradation]:
+    """One to three types whose total intensity lies in the level, in the order in which they are
+    applied."""
+    low, high = LEVELS[level]
+    if high == 0:
+        return []
+    least = 2 if level == "strong" else 1
+    weights = np.array([DECIDING.get(kind, 1) for kind in TYPES], float)
+    while True:
+        n = rng.integers(least, 2 * least if level == "light" else least + 2)
+        kinds = rng.choice(len(TYPES), size=n, replace=False, p=weights / weights.sum())
+        intensities = np.round(rng.uniform(0.1, 1, n), 2)
+        if low < intensities.sum() <= high:
+            return [
+                Degradation(TYPES[k], float(s)) for k, s in zip(sorted(kinds), intensities)
+            ]
+
+
+def holds_chain(record_id: str) -> bool:
+    """Whether a training record is in the quarter for fine-tuning: the rule of `rr1.data.split`."""
+    digest = hashlib.sha256(f"0:{record_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < 2**62
+
+
 def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dict]:
     """Sample number `index` of the world `seed` before it is damaged: the clean picture, the
-    damage, the record.
-
-    Half are choice questions, three tenths open ones, two tenths captions. One picture in eight
-    stays clean, the others carry one or two degradations.
-    """
+    damage, the record. Four tenths are choice questions, half are open ones, one tenth
+    captions. Worlds of even seeds are for training, and of each only a quarter holds chains;
+    every record of the others, which are held out, holds a good one."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng)
     clean = draw(scene, rng)
-    degradations = [] if rng.random() < 1 / 8 else sample_degradations(rng, low=1, high=2)
-    form = str(rng.choice(["choice", "open", "caption"], p=[0.5, 0.3, 0.2]))
-    *asked, describe = questions(scene)
-    question = describe if form == "caption" else asked[rng.integers(len(asked))]
+    level = ORDER[index % len(ORDER)]
+    degradations = sample_damage(rng, level)
+    form = str(rng.choice(["choice", "open", "caption"], p=[0.4, 0.5, 0.1]))
+    question = questions(scene)[-1] if form == "caption" else ask(scene, rng)
     options = choices(question, rng) if form == "choice" else None
     answer = None if form == "caption" else question.answer  # choices are answered by text
-    chain = true_chain(scene, question, degradations, answer)
     record_id = f"{seed}-{index:06d}"
+    turns = [{"from": "human", "value": "<image>" + build_question(question.text, options)}]
+    chain = None
+    if seed % 2:
+        chain = true_chain(scene, question, degradations, answer)
+    elif holds_chain(record_id):
+        length = right_length(degradations)
+        if rng.random() < 0.5:
+            length = 30 + 70 - length
+        steps = rng.random() < 0.8
+        chain = true_chain(scene, question, degradations, answer, length, steps)
+    if chain:
+        turns.append({"from": "gpt", "value": render(chain)})
     record = {
         "id": record_id,
         "image": f"images/{record_id}.png",
         "form": form,
-        "conversations": [
-            {"from": "human", "value": "<image>" + build_question(question.text, options)},
-            {"from": "gpt", "value": render(chain)},
-        ],
+        "kind": question.kind,
+        "n_steps": question.n_steps,
+        "level": level,
+        "conversations": turns,
         "degradations": [d._asdict() for d in degradations],
+        "length": right_length(degradations),
         "seed": index,
         "choices": options,
         "answer": answer,
@@ -75,7 +123,7 @@ def sample(index: int, seed: int) -> Sample:
     return Sample(clean, degrade(clean, degradations, seed=index), record)
 
 
-def _write_one(job: tuple[int, int, Path, bool]) -> dict:
+def _write_one(job: tuple[int, int, Path, bool]) -> str:
     index, seed, folder, keep_clean = job
     cv2.setNumThreads(1)
     clean, image, record = sample(index, seed)
@@ -84,7 +132,7 @@ def _write_one(job: tuple[int, int, Path, bool]) -> dict:
     if keep_clean:
         record["clean_image"] = f"clean/{record['id']}.png"
         cv2.imwrite(str(folder / record["clean_image"]), clean[..., ::-1], fast)
-    return record
+    return json.dumps(record)
 
 
 def write(folder: str | Path, train: int = TRAIN, test: int = TEST, seed: int = 0) -> Path:
@@ -104,13 +152,14 @@ def write(folder: str | Path, train: int = TRAIN, test: int = TEST, seed: int = 
                 found = path.read_text().splitlines()
                 if len(found) != n or json.loads(found[0])["id"] != f"{world}-000000":
                     raise SystemExit(
-                        f"{path} holds another world ({len(found)} records): give another --out, "
-                        f"or delete {folder}"
+                        f"{path} holds another world ({len(found)} records): "
+                        f"give another --out, or delete {folder}"
                     )
                 continue
             jobs = [(index, world, folder, split == "test") for index in range(n)]
-            made = pool.imap(_write_one, jobs, chunksize=32)
-            write_text(path, lines_of(tqdm(made, total=n, desc=f"drawing {path}")))
+            lines = pool.imap(_write_one, jobs, chunksize=32)
+            lines = list(tqdm(lines, total=n, desc=f"drawing {path}"))
+            write_text(path, "\n".join(lines) + "\n")
     return folder
 
 
