@@ -7,16 +7,21 @@ For each seed, from the same base:
 
     plain       train_sft.py --plain: answers without chains, the paper's "w/o reasoning"
     sft         train_sft.py: the few chains
+    answer      sft, then train_grpo.py: the answer's reward among those of Eq. (9)
+
+and for each of the seeds in --controls:
+
     paper       sft, then train_grpo.py --rewards deg len, Eq. (9)
     released    sft, then train_grpo.py --rewards accuracy format deg_released len
     w/o r_len, w/o r_deg    sft, then one of the paper's two rewards alone, Table 3
-    more sft    sft trained on, on the same chains, for the seconds that `released` took
-    own best    sft fine-tuned on its own best responses by the released rewards, as many steps
+    more sft    sft trained on, on the same chains, for the seconds that `answer` took
+    own best    sft fine-tuned on its own best responses by the rewards of `answer`, as many steps
 
-All answer the held-out records, greedy; sft, paper and released also with the picture blanked, and
-with TYPE written for them: the true damage, or another picture's. Differences are paired by record,
-the mean over seeds, with 95 % bootstrap intervals over records. Run it again after an interruption:
-what is finished stays, what was begun goes on.
+All answer the held-out records, greedy. Those with strong damage are answered by sft and answer
+also with the picture blanked, and with TYPE written for them: the true damage, or another
+picture's.
+Differences are paired by record, the mean over seeds, with 95 % bootstrap intervals over records.
+Run it again after an interruption: what is finished stays, what was begun goes on.
 """
 
 from __future__ import annotations
@@ -34,34 +39,30 @@ from rr1.runtime import opt
 from rr1.tiny import world
 
 RELEASED = ["--rewards", "accuracy", "format", "deg_released", "len"]
-REWARDS = {
+ANSWER = ["--rewards", "accuracy", "format", "deg", "len", "--reward-weights", 2, 1, 1, 1]
+CONTROLS = {
     "paper": ["--rewards", "deg", "len"],
     "released": RELEASED,
     "w/o r_len": ["--rewards", "deg"],
     "w/o r_deg": ["--rewards", "len"],
-    "own best": [*RELEASED, "--advantage", "best", "--beta", 0],
+    "own best": [*ANSWER, "--advantage", "best", "--beta", 0],
 }
-ARMS = ("base", "plain", "sft", *REWARDS, "more sft")
 PLAIN = ("base", "plain")
-FORCED = ("sft", "paper", "released")
+FORCED = ("sft", "answer")
+ARMS = (*PLAIN, *FORCED, *CONTROLS, "more sft")
+FORCINGS = (held_out.TRUE, held_out.OTHER, held_out.BLANK)
 # what is compared at strong damage: after, before
-PAIRS = [
-    ("plain", "base"),
-    ("sft", "plain"),
-    *((arm, "sft") for arm in (*REWARDS, "more sft")),
-]
-PAIRS += [
-    ("released", "more sft"),
-    ("released", "own best"),
-    ("paper", "w/o r_deg"),
-    ("paper", "w/o r_len"),
-]
+PAIRS = [("plain", "base"), ("sft", "plain"), ("answer", "sft"), ("answer", "plain")]
+PAIRS += [(arm, "sft") for arm in (*CONTROLS, "more sft")]
+PAIRS += [("answer", "more sft"), ("answer", "own best")]
+PAIRS += [("paper", "w/o r_deg"), ("paper", "w/o r_len")]
 
 
 @dataclass
 class Config:
     model: str = opt(tiny.BASE, "the base that all start from")
     seeds: list[int] = opt([0, 1, 2], "of training")
+    controls: list[int] = opt([0, 1, 2], "those of them that get the controls too")
     world: int = opt(
         0, "whose held-out scenes are asked about; 0 is the one that is never tuned on"
     )
@@ -73,7 +74,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
-    out = runs.begin(config, free={"seeds", "jobs"})
+    out = runs.begin(config, free={"seeds", "controls", "jobs"})
     tiny.dataset("train")  # drawn once, before several processes want it
 
     # 1. train
@@ -86,41 +87,33 @@ def main(argv: list[str] | None = None) -> None:
     runs.train(config, tasks)
     tasks = {}
     for s in config.seeds:
-        for arm, options in REWARDS.items():
+        tasks[f"answer-{s}"] = ["train_grpo.py", *start[s], *ANSWER, *grpo]
+    for s in config.controls:
+        for arm, options in CONTROLS.items():
             tasks[folder(arm, s)] = ["train_grpo.py", *start[s], *options, *grpo]
-        tasks[f"probe-{s}"] = ["train_sft.py", *start[s], "--steps", 12]
+        tasks[f"probe-{s}"] = ["train_sft.py", *start[s], *sft, "--steps", 12]
     runs.train(config, tasks)
     tasks = {}
-    for s in config.seeds:
-        steps = runs.steps_in(sum(runs.seconds(out / f"released-{s}")), out / f"probe-{s}")
-        tasks[folder("more sft", s)] = [
-            "train_sft.py",
-            *start[s],
-            *sft,
-            "--lr",
-            3e-4,
-            "--steps",
-            steps,
-        ]
+    for s in config.controls:
+        steps = runs.steps_in(sum(runs.seconds(out / f"answer-{s}")), out / f"probe-{s}")
+        more = ["--lr", 3e-4, "--steps", steps]
+        tasks[folder("more sft", s)] = ["train_sft.py", *start[s], *sft, *more]
     runs.train(config, tasks)
 
     # 2. answer
     found = records.read(scenes_of(config))
-    rows: dict[tuple[str, str], list[list[dict]]] = {}
+    strong = [found[i] for i in range(len(found)) if found[i]["level"] == "strong"]
+    rows: dict[tuple[str, str], dict[int, list[dict]]] = {}
     for arm in ARMS:
-        conditions = [held_out.OWN]
-        if arm in FORCED:
-            conditions += [held_out.TRUE, held_out.OTHER, held_out.BLANK]
-        for condition in conditions:
-            rows[arm, condition] = []
-            for s in config.seeds if arm != "base" else [0]:
-                name = folder(arm, s)
-                checkpoint = config.model if arm == "base" else out / name / "model"
+        seeds = config.controls if arm in (*CONTROLS, "more sft") else config.seeds
+        for s in seeds if arm != "base" else [0]:
+            name = folder(arm, s)
+            model = config.model if arm == "base" else str(out / name / "model")
+            for condition in (held_out.OWN, *(FORCINGS if arm in FORCED else ())):
+                asked = found if condition == held_out.OWN else strong
                 path = out / name / f"answers {condition}.jsonl"
-                made = held_out.answers(
-                    str(checkpoint), found, path, arm in PLAIN, condition
-                )
-                rows[arm, condition].append(made)
+                made = held_out.answers(model, asked, path, arm in PLAIN, condition)
+                rows.setdefault((arm, condition), {})[s] = made
 
     # 3. compare
     text = report(rows)
@@ -143,90 +136,67 @@ def scenes_of(config: Config) -> str:
     )
 
 
-def report(rows: dict[tuple[str, str], list[list[dict]]]) -> str:
-    """The tables, as Markdown. rows: (arm, condition) -> a list of answers for each seed."""
-    levels = [*world.LEVELS]
-    table = []
-    for arm in ARMS:
-        everything = [row for answered in rows[arm, held_out.OWN] for row in answered]
-        cells = [
-            f"{held_out.mean(held_out.questions_at(everything, level)):.3f}"
-            for level in levels
-        ]
-        captions = [
-            row
-            for row in everything
-            if row["form"] == "caption" and row["level"] == "strong"
-        ]
-        cells.append(f"{held_out.mean(captions):.3f}")
-        if arm in PLAIN:
-            cells += ["-"] * 5
-        else:
-            cells += [
-                f"{held_out.mean(everything, name):.3f}"
-                for name in ("r_deg", "type_f1", "r_len", "length")
-            ]
-            lengths, totals = (
-                [row[name] for row in everything] for name in ("length", "total")
-            )
-            cells.append(f"{np.corrcoef(lengths, totals)[0, 1]:.2f}")
-        table.append([arm, *cells])
-    header = [
-        "accuracy",
-        *levels,
-        "captions, strong",
-        "r_deg",
-        "type F1",
-        "r_len",
-        "length",
-        "with total",
+def report(rows: dict[tuple[str, str], dict[int, list[dict]]]) -> str:
+    """The tables, as Markdown. rows: (arm, condition) -> seed -> answers."""
+    names = ("r_deg", "type_f1", "r_len", "length")
+    header = ["accuracy", *world.LEVELS, "captions, strong", *names, "with total", "seeds"]
+    blocks = [
+        markdown(header, [summary(arm, rows[arm, held_out.OWN], names) for arm in ARMS])
     ]
-    blocks = [markdown(header, table)]
 
     strong = {
-        key: [held_out.questions_at(a, "strong") for a in answered]
+        key: {s: held_out.questions_at(a, "strong") for s, a in answered.items()}
         for key, answered in rows.items()
     }
-    table = [
-        compared(f"{a} less {b}", strong[a, held_out.OWN], strong[b, held_out.OWN])
-        for a, b in PAIRS
-    ]
+    table = []
+    for after, before in PAIRS:
+        two = strong[after, held_out.OWN], strong[before, held_out.OWN]
+        table.append(compared(f"{after} minus {before}", *two))
     for arm in FORCED:
-        forced = strong[arm, held_out.TRUE]
-        table.append(
-            compared(
-                f"{arm}: true less another's damage", forced, strong[arm, held_out.OTHER]
-            )
-        )
-        own = strong[arm, held_out.OWN]
-        table.append(
-            compared(f"{arm}: own less blank picture", own, strong[arm, held_out.BLANK])
-        )
+        own, true, other, blank = (strong[arm, c] for c in (held_out.OWN, *FORCINGS))
+        table.append(compared(f"{arm}: true minus another's damage", true, other))
+        table.append(compared(f"{arm}: own minus blank picture", own, blank))
     blocks.append(
         markdown(["accuracy at strong damage", "difference", "seeds above 0"], table)
     )
 
     table = []
-    for name in ("r_deg", "type_f1", "r_len"):
-        for arm, before in (
-            *((arm, "sft") for arm in (*REWARDS, "more sft")),
-            ("released", "more sft"),
-        ):
-            after = rows[arm, held_out.OWN]
-            table.append(
-                compared(
-                    f"{name}: {arm} less {before}", after, rows[before, held_out.OWN], name
-                )
-            )
+    for name in names[:3]:
+        for arm in ("answer", *CONTROLS, "more sft"):
+            two = rows[arm, held_out.OWN], rows["sft", held_out.OWN]
+            table.append(compared(f"{name}: {arm} minus sft", *two, name))
     blocks.append(markdown(["all levels", "difference", "seeds above 0"], table))
     return "\n\n".join(blocks)
 
 
-def compared(title: str, after: list, before: list, name: str = "score") -> list[str]:
-    before = before * (len(after) if len(before) == 1 else 1)  # one base for all seeds
-    whole = held_out.difference(after, before, name)._asdict()
-    each = [held_out.difference([a], [b], name) for a, b in zip(after, before, strict=True)]
-    return [title, interval(whole), f"{sum(e.low > 0 for e in each)} of {len(each)}"]
+def summary(arm: str, answered: dict[int, list[dict]], names: tuple[str, ...]) -> list[str]:
+    """One arm's row of the first table: the mean over its seeds."""
+    everything = [row for rows in answered.values() for row in rows]
+    hurt = [row for row in everything if row["level"] == "strong"]
+    captions = [row for row in hurt if row["form"] == "caption"]
+    parts = [held_out.questions_at(everything, level) for level in world.LEVELS]
+    cells = [f"{held_out.mean(part):.3f}" for part in (*parts, captions)]
+    if arm in PLAIN:
+        return [arm, *cells, *["-"] * (len(names) + 1), str(len(answered))]
+    cells += [f"{held_out.mean(everything, name):.3f}" for name in names]
+    lengths, totals = ([row[name] for row in everything] for name in ("length", "total"))
+    return [arm, *cells, f"{np.corrcoef(lengths, totals)[0, 1]:.2f}", str(len(answered))]
+
+
+def compared(title: str, after: dict, before: dict, name: str = "score") -> list[str]:
+    """The difference, over the seeds that both have; the base is the same for all seeds."""
+    if title.endswith("minus base"):
+        before = dict.fromkeys(after, before[0])
+    seeds = [s for s in after if s in before]
+    whole, *each = [
+        held_out.difference([after[s] for s in some], [before[s] for s in some], name)
+        for some in (seeds, *([s] for s in seeds))
+    ]
+    return [
+        title,
+        interval(whole._asdict()),
+        f"{sum(e.low > 0 for e in each)} of {len(each)}",
+    ]
 
 
 def figure(rows: dict):
@@ -235,21 +205,16 @@ def figure(rows: dict):
 
     drawn = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = drawn.subplots()
-    colors = {
-        "base": "0.5",
-        "plain": "tab:orange",
-        "sft": "tab:blue",
-        "released": "tab:red",
-    }
+    colors = {"base": "0.5", "plain": "tab:orange", "sft": "tab:blue", "answer": "tab:red"}
+    levels = list(world.LEVELS)
     for arm, color in colors.items():
-        answered = rows[arm, held_out.OWN]
-        points = [
-            [held_out.mean(held_out.questions_at(a, level)) for level in world.LEVELS]
-            for a in answered
-        ]
-        axis.plot([*world.LEVELS], np.mean(points, 0), "o-", color=color, label=arm)
+        points = []
+        for answered in rows[arm, held_out.OWN].values():
+            at = [held_out.questions_at(answered, level) for level in levels]
+            points.append([held_out.mean(part) for part in at])
+        axis.plot(levels, np.mean(points, 0), "o-", color=color, label=arm)
         axis.fill_between(
-            [*world.LEVELS], np.min(points, 0), np.max(points, 0), color=color, alpha=0.2
+            levels, np.min(points, 0), np.max(points, 0), color=color, alpha=0.2
         )
     axis.set(xlabel="damage, by total intensity", ylabel="share of right answers, greedy")
     axis.grid(alpha=0.3)

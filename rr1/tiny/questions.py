@@ -160,8 +160,8 @@ def _compared(scene: Scene) -> list[Question]:
 
 
 def ask(scene: Scene, rng: np.random.Generator, n_steps: int | None = None) -> Question:
-    """A question that is not a caption: first how many steps (default: four tenths one, three
-    two), then which kind."""
+    """A question that is not a caption: first how many steps (default: one in four of ten,
+    two and three in three each), then which kind."""
     asked = questions(scene)[:-1]
     n_steps = n_steps or int(rng.choice([1, 2, 3], p=[0.4, 0.3, 0.3]))
     most = max(question.n_steps for question in asked)
