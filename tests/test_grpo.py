@@ -454,7 +454,7 @@ def test_errors_say_what_came():
 def test_the_file_stays_short_and_pure():
     source = Path(rr1.grpo.__file__)
     tokens, lines = count(source)
-    assert tokens <= 750 and lines <= 80
+    assert tokens <= 1000 and lines <= 110
     lines = source.read_text().splitlines()
     imports = [line for line in lines if line.startswith(("import", "from"))]
     assert imports == ["import torch", "from torch import Tensor"]

@@ -202,7 +202,7 @@ LADDERS = {
     "darkness": {
         0: "light is low",
         0.15: "white looks grey",
-        0.35: "white looks grey, grey looks black",
+        0.25: "white looks grey, grey looks black",
         0.65: "white looks black, grey looks black",
     },
     "saturation": {
