@@ -16,6 +16,11 @@ known clean picture, that picture clean and damaged by one type, drawn for each 
 --levels (Table 2; not records with several pictures). Benchmarks: rr1/evaluation/benchmarks.py.
 """
 
+import os
+
+# before torch is imported: threads that wait must not spin, or other work stalls them
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from dataclasses import dataclass
 from pathlib import Path
 

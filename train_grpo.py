@@ -27,6 +27,11 @@ Shapes: B prompts a step, G responses each, n prompts in a micro-batch, L tokens
 
 from __future__ import annotations
 
+import os
+
+# before torch is imported: threads that wait must not spin, or other work stalls them
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import copy
 import math
 from dataclasses import dataclass

@@ -30,6 +30,11 @@ The equations are in rr1/u1/flow.py and docs/recover.md.
 
 from __future__ import annotations
 
+import os
+
+# before torch is imported: threads that wait must not spin, or other work stalls them
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import copy
 from dataclasses import dataclass
 from functools import partial

@@ -27,6 +27,11 @@ Shapes: n records in a micro-batch, L response tokens.
 
 from __future__ import annotations
 
+import os
+
+# before torch is imported: threads that wait must not spin, or other work stalls them
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from dataclasses import dataclass
 from functools import partial
 

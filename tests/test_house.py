@@ -4,6 +4,7 @@ A token is one of Python's own (`tokenize`), without comments and docstrings; a 
 that holds one.
 """
 
+import ast
 import io
 import subprocess
 import sys
@@ -77,6 +78,18 @@ def test_ruff_has_nothing_to_say():
             [sys.executable, "-m", "ruff", *command, ROOT], capture_output=True
         )
         assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "script", ["train_sft.py", "train_grpo.py", "train_recover.py", "evaluate.py"]
+)
+def test_waiting_threads_do_not_spin(script):
+    """Set before anything is imported that may import torch, which reads it once."""
+    body = ast.parse((ROOT / script).read_text()).body
+    texts = [ast.unparse(part) for part in body]
+    place = texts.index("os.environ.setdefault('OMP_WAIT_POLICY', 'passive')")
+    before = [text for text in texts[1:place] if not text.startswith("from __future__")]
+    assert before == ["import os"]
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from degrade import DEGRADATIONS, Degradation, degrade
 from rr1 import data, records, tiny, vlm
 from rr1.answers import choice_index
 from rr1.chain import TAGS, build_prompt, is_well_formed, parse, render
-from rr1.tiny import model as tiny_model
 from rr1.tiny import lessons, questions, scenes, world
+from rr1.tiny import model as tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
