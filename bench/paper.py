@@ -52,10 +52,22 @@ FORCED = ("sft", "answer")
 ARMS = (*PLAIN, *FORCED, *CONTROLS, "more sft")
 FORCINGS = (held_out.TRUE, held_out.OTHER, held_out.BLANK)
 # what is compared at strong damage: after, before
-PAIRS = [("plain", "base"), ("sft", "plain"), ("answer", "sft"), ("answer", "plain")]
-PAIRS += [(arm, "sft") for arm in (*CONTROLS, "more sft")]
-PAIRS += [("answer", "more sft"), ("answer", "own best")]
-PAIRS += [("paper", "w/o r_deg"), ("paper", "w/o r_len")]
+PAIRS = [
+    ("plain", "base"),
+    ("sft", "plain"),
+    ("answer", "plain"),
+    ("answer", "sft"),
+    ("paper", "sft"),
+    ("released", "sft"),
+    ("w/o r_len", "sft"),
+    ("w/o r_deg", "sft"),
+    ("own best", "sft"),
+    ("more sft", "sft"),
+    ("answer", "more sft"),
+    ("answer", "own best"),
+    ("paper", "w/o r_deg"),
+    ("paper", "w/o r_len"),
+]
 
 
 @dataclass
