@@ -55,10 +55,12 @@ def _answered(
         record["question"] if plain else build_prompt(record["question"]) for record in part
     ]
     batch = data.collate(texts, images, processor)
-    if condition in (TRUE, OTHER):
-        for i, ids in enumerate(batch.ids):
-            source = part[i if condition == TRUE else (i + len(part) // 2) % len(part)]
-            ids += processor.response_ids(render(Chain(source["degradations"])))[:-1]
+    shift = {TRUE: 0, OTHER: len(part) // 2}.get(condition)
+    forced = [None] * len(part)
+    if shift is not None:
+        forced = [part[(i + shift) % len(part)]["degradations"] for i in range(len(part))]
+        for ids, damage in zip(batch.ids, forced, strict=True):
+            ids += processor.response_ids(render(Chain(damage)))[:-1]
     sampled = rollout.sample_group(
         model,
         data.encode(model, batch),
@@ -70,8 +72,10 @@ def _answered(
         banned=processor.banned_ids,
     )
     rows = []
-    for record, group in zip(part, sampled, strict=True):
-        rows += [_judged(record, processor.decode(y.ids), y.length, plain) for y in group]
+    for record, damage, group in zip(part, forced, sampled, strict=True):
+        for y in group:
+            row = _judged(record, processor.decode(y.ids), y.length, plain)
+            rows.append(row | {"forced": damage})
     return rows
 
 
