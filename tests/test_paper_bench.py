@@ -46,24 +46,21 @@ def rows():
 
 
 def cells(report, start):
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in report.splitlines()
-    ]
-    [[_, *found]] = [line for line in lines if line[0] == start]
-    return found
+    rows = [line.replace("*", "").strip("|").split("|") for line in report.splitlines()]
+    [[_, *found]] = [row for row in rows if row[0].strip() == start]
+    return [cell.strip() for cell in found]
 
 
 def test_the_report_says_who_is_better(rows):
     report = paper.report(rows)
-    assert cells(report, "plain minus base")[0].startswith("+.250 [")
+    assert cells(report, "plain minus base")[0].startswith("+0.250 [")
     assert cells(report, "sft minus plain") == cells(report, "plain minus base")
-    assert cells(report, "answer minus sft")[0].startswith("+.150 [")
+    assert cells(report, "answer minus sft")[0].startswith("+0.150 [")
     assert cells(report, "answer minus sft")[1] == "2 of 2"
-    assert cells(report, "paper minus sft") == ["+.000 [+.000, +.000]", "0 of 2"]
-    assert cells(report, "sft: true minus another's damage")[0].startswith("+.250 [")
-    assert cells(report, "answer: own minus blank picture")[0].startswith("+.000")
-    assert cells(report, "r_deg: answer minus sft")[0].startswith("+.200 [")
+    assert cells(report, "paper minus sft") == ["+0.000 [+0.000, +0.000]", "0 of 2"]
+    assert cells(report, "sft: true minus another's damage")[0].startswith("+0.250 [")
+    assert cells(report, "answer: own minus blank picture")[0].startswith("+0.000")
+    assert cells(report, "r_deg: answer minus sft")[0].startswith("+0.200 [")
     base, sft = cells(report, "base"), cells(report, "sft")
     assert base[:5] == ["0.250"] * 4 + ["0.500"] and base[-1] == "1"
     # lengths follow the damage exactly
