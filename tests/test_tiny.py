@@ -350,7 +350,7 @@ def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
     (Which word has which id follows from the order of merges, and that from the drawn world's
     sentences: it may move when those do.)"""
     shipped, processor = vlm.load(folder)
-    model = tiny_model.build_model(built.tokenizer)
+    model = tiny_model.build_model(processor.tokenizer)
     assert {n: p.shape for n, p in shipped.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()
     }
