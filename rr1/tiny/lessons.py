@@ -110,11 +110,15 @@ class Batches(IterableDataset):
         turns = [("caption", describe.text, describe.answer)]
         for k in range(7):
             question = questions.ask(scene, rng)
-            if k in (0, 2):  # looking a thing up by its shape is learnt last
-                asked = questions.questions(scene)
+            if k in (
+                0,
+                2,
+            ):  # looking a thing up by its shape is learnt last, undoing a note too
                 asked = [
-                    question for question in asked if question.kind in ("color", "place")
+                    q for q in questions.questions(scene) if q.kind in ("color", "place")
                 ]
+                changed = [q for q in asked if f"{q.answer} looks" in note]
+                asked = changed or asked
                 question = asked[rng.integers(len(asked))]
             stepwise = k >= 5
             options = questions.choices(question, rng) if k in (1, 3, 5) else None
