@@ -8,6 +8,9 @@ made in turn, its test is run by a process forked from this one (which has impor
 the file is put back. A mutant is killed where the test fails or takes too long; it has survived
 where it passes. A test that cannot be collected or fails without a mutant, or a line that is not
 there exactly once, is an error of the table below.
+
+Not in the table, since nothing can tell it from the code: in `training.held_out`, every rank answering
+all records in place of its share (the same means, for more work).
 """
 
 import os
@@ -132,8 +135,8 @@ degrade.py
         for top in (1, 255, 65535, np.inf)
         for top in (255, 65535, np.inf)
     test_degrade.py::test_the_same_picture_is_opened_as_for_training
-        cv2.IMREAD_COLOR)
-        cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        data, cv2.IMREAD_COLOR
+        data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     test_degrade.py::test_a_wrong_argument_is_named_and_nothing_is_written
         if image in plan:
         if False:
@@ -157,8 +160,8 @@ rr1/vlm.py
         prompt.next_position + prompt.ids.new_tensor(steps)
         prompt.ids.new_tensor(steps)
     test_vlm.py::test_groups_of_unequal_size_and_a_batch_equal_one_by_one
-        torch.cat([prompt.features for prompt in prompts]))
-        torch.cat([prompt.features for prompt in prompts[::-1]]))
+        packed.ids, torch.cat([prompt.features for prompt in prompts])
+        packed.ids, torch.cat([prompt.features for prompt in prompts[::-1]])
     test_vlm.py::test_entropy_is_that_of_the_scaled_policy
         entropy = -(p * logps.detach()).nansum(-1)
         entropy = (p * logps.detach()).nansum(-1)
@@ -620,10 +623,10 @@ train_grpo.py
         logp_ref=old_logps[k],
         old_logps[k],
         logps.detach(),
-        group.record, formula, config.reward_weights)
-        group.record, formula)
-        rewards.composite(y, group.record,
-        rewards.composite(y, groups[0].record,
+        y, group.record, formula, config.reward_weights
+        y, group.record, formula
+        y, group.record, formula,
+        y, groups[0].record, formula,
         copy.deepcopy(policy, {id(visual): visual})
         policy
     test_step.py::test_the_random_numbers_of_two_steps_differ
@@ -633,14 +636,14 @@ train_grpo.py
         temperature=1.0,
         gap.max()
         gap.min()
-    test_train.py::test_every_flag_changes_something[grpo --no-scale-by-std]
-        group_advantages(R, config.scale_by_std)
-        group_advantages(R)
+    test_train.py::test_every_flag_changes_something[grpo --advantage rloo]
+        grpo.ADVANTAGES[config.advantage](
+        grpo.ADVANTAGES["grpo"](
     test_train.py::test_two_processes_do_what_one_does
         range(rt.rank, config.prompts, rt.world_size)
         range(0, config.prompts, rt.world_size)
-        count=len(part) / config.prompts)
-        count=1)
+        "loss", loss, count=len(part) / config.prompts
+        "loss", loss, count=1
     test_train.py::test_an_error_saves_the_steps_before_it
         , run.kept(policy, processor, optimizer):
         , run.kept(policy, processor, None):
@@ -681,9 +684,6 @@ rr1/training.py
         "medium": 0.85
         "strong": 1.5
         "strong": 1.7
-    test_train.py::test_two_processes_do_what_one_does
-        mine = found[rt.rank :: rt.world_size]
-        mine = found
     test_train.py::test_the_vision_tower_stands_and_the_language_model_moves
         vlm.freeze_vision(model)
         pass
@@ -718,8 +718,8 @@ rr1/runtime.py
         self._asked > 1:
         self._asked > -1:
     test_options.py
-        and math.isfinite(x)):
-        ):
+        low <= x <= high and math.isfinite(x)
+        low <= x <= high
         low <= x
         low < x
 
