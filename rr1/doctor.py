@@ -165,7 +165,7 @@ def flat(rows: list[dict]) -> Finding | None:
         seen[-1][0],
         f"reward {mean(first):.3g} in the first third of the steps, {mean(last):.3g} in the last, "
         f"standard error {error:.2g}",
-        "see zero_std and grad_norm; raise --lr (now {lr}), or start where some responses succeed",
+        "see zero_std and grad_norm; take more --prompts or steps, or a higher --lr (now {lr})",
     )
 
 
