@@ -188,7 +188,7 @@ def silence(rows: list[dict], responses: list[tuple[int, float, bool]]) -> Findi
         ),
         f"{len(silent)} of the last {len(recent)} responses in rollouts.jsonl name no damage, "
         f"their mean advantage is {paid:+.2f}",
-        "fine-tune longer before, or add `accuracy` or a reward of your own to --rewards",
+        "fine-tune longer before this, or let a reward of your own charge less for a wrong name",
     )
 
 
@@ -224,7 +224,7 @@ def response(row: Any) -> tuple[int, float, bool] | None:
     if not row["truth"] or not parse(row["truth"]).degradations:
         return None
     silent = not parse(row["response"]).degradations
-    return row["step"], row["advantage"], silent
+    return int(row["step"]), float(row["advantage"]), silent
 
 
 def read(path: Path, convert: Callable) -> list:
@@ -233,7 +233,7 @@ def read(path: Path, convert: Callable) -> list:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             found.append(convert(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             raise ValueError(
                 f"{path}:{number}: a torn line, or none of a run: delete it"
             ) from None

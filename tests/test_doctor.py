@@ -209,6 +209,9 @@ def test_the_command(tmp_path):
     assert done.stderr.count("\n") == 1 and str(tmp_path / "none") in done.stderr
 
 
+ODD = json.dumps(spoken(1, 0.0)[0] | {"advantage": "much"}) + "\n"
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -218,7 +221,9 @@ def test_the_command(tmp_path):
         ("metrics.jsonl", '{"kl": 0.1}\n', "metrics.jsonl:1: "),
         ("metrics.jsonl", '{"step": 1, "kl": "much"}\n', "metrics.jsonl:1: "),
         ("metrics.jsonl", b'{"step": 1, "\xff": 1}\n', "metrics.jsonl:1: "),
+        ("metrics.jsonl", '{"step": Infinity}\n', "metrics.jsonl:1: "),
         ("rollouts.jsonl", '{"step": 1, "advantage": 0}\n', "rollouts.jsonl:1: "),
+        ("rollouts.jsonl", ODD, "rollouts.jsonl:1: "),
         ("config.json", "[1]", "config.json is not"),
         ("config.json", "{", "config.json is not"),
     ],

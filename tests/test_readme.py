@@ -96,14 +96,14 @@ def test_the_file_tree_is_the_tree():
         assert (ROOT / path).exists(), (
             f"{path} is in docs/use/files.md and not in the repository"
         )
-    python = {
+    found = {
         str(p.relative_to(ROOT))
-        for pattern in ("*.py", "rr1/**/*.py", "bench/*.py")
+        for pattern in ("*.py", "rr1/**/*.py", "bench/*.py", "docs/**/*.md")
         for p in ROOT.glob(pattern)
     }
     missing = {
         p
-        for p in python
+        for p in found
         if not p.endswith("__init__.py")
         and not any(p == q or p.startswith(q.rstrip("/") + "/") for q in listed)
     }
