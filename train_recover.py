@@ -25,7 +25,7 @@ Differences from the paper:
        the loss is a plain regression, and the others are near it: recoveries take few steps.
     3. The paper gives no number of sampling steps, clip or KL weight. Here the number of steps of a
        recovery is chosen at the end of a run, on pairs that were trained on.
-The equations are in rr1/u1/flow.py and docs/recover.md.
+The equations are in rr1/u1/flow.py and docs/learn/recover.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Robust-U1 in figures: the tables of docs/recover.md.
+"""Robust-U1 in figures: the tables of docs/dev/recover.md.
 
     python bench/u1.py --jobs 2                                   # both parts -> runs/u1
     python bench/u1.py --parts recover --seeds 0 --n 64 --grpo="--steps 20"   # a quick look

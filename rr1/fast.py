@@ -5,8 +5,8 @@ those calls, and everything still runs.
                 another is never computed
     sampling    a decoding step by hand, over buffers that were made once
 
-docs/sharing.md draws it, docs/benchmarks.md says what it is worth. The functions that stand in for
-these where they are not switched on: `vlm.attention_mask`, `rollout.new_cache`,
+docs/learn/sharing.md draws it, docs/dev/benchmarks.md says what it is worth. The functions that
+stand in for these where they are not switched on: `vlm.attention_mask`, `rollout.new_cache`,
 `rollout.decoding_step`.
 
 Shapes: packed rows (B, N) hold R responses in all; P tokens of the longest prompt, L of the longest

@@ -55,7 +55,7 @@ class Options:
     gradient_checkpointing: bool = opt(
         False, "recompute activations: slower, much less memory"
     )
-    shard: bool = opt(False, "spread weights, gradients and optimizer state: docs/gpus.md")
+    shard: bool = opt(False, "spread weights, gradients, optimizer state: docs/use/gpus.md")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", low=1e-9)
     max_new_tokens: int = opt(128, "longest response (2048 in the published run)", low=1)
     resume: bool = opt(False, "go on from the newest checkpoint in --out")

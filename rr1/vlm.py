@@ -363,7 +363,7 @@ def group_logps(
     """log pi(response | image, prompt), token by token, for B groups of responses.
 
     Each group is one packed row, which gives what G separate rows [prompt, response] give, and
-    computes the prompt once (docs/sharing.md). Where that saves little (`token_ratio` under
+    computes the prompt once (docs/learn/sharing.md). Where that saves little (`token_ratio` under
     PACK_FROM) the rows are separate.
     -> logps (N, L), mask (N, L), and entropies (N, L) without gradient where asked; N is all
     responses in order, padded on the right with 0.

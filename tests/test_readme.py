@@ -59,7 +59,7 @@ def assert_tests_exist(test: str) -> None:
         ), f"{path}::{function}"
 
 
-PAPER = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+PAPER = (ROOT / "docs" / "learn" / "paper.md").read_text(encoding="utf-8")
 PLACES = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAPER.splitlines()
@@ -96,14 +96,14 @@ def test_the_file_tree_is_the_tree():
         assert (ROOT / path).exists(), (
             f"{path} is in docs/use/files.md and not in the repository"
         )
-    python = {
+    found = {
         str(p.relative_to(ROOT))
-        for pattern in ("*.py", "rr1/**/*.py", "bench/*.py")
+        for pattern in ("*.py", "rr1/**/*.py", "bench/*.py", "docs/**/*.md")
         for p in ROOT.glob(pattern)
     }
     missing = {
         p
-        for p in python
+        for p in found
         if not p.endswith("__init__.py")
         and not any(p == q or p.startswith(q.rstrip("/") + "/") for q in listed)
     }
@@ -114,9 +114,47 @@ def test_the_readme_is_short():
     assert len(README.encode()) <= 10_000
 
 
-def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(
-            r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")
+def links(text: str) -> list[str]:
+    """Where links and pictures lead, without those to the web or to the page itself."""
+    return re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
+
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+]
+
+
+def test_links_are_found_in_a_page():
+    text = "[a](b.md) ![c](d/e.png) [f](g.md#h) [i](https://j.k) [l](#m) [n](mailto:o@p.q)"
+    assert links(text) == ["b.md", "d/e.png", "g.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        prose = [cell["source"] for cell in cells if cell["cell_type"] == "markdown"]
+        text = "\n".join("".join(source) for source in prose)
+    for target in links(text):
+        path = (page.parent / target).resolve()
+        assert path.exists() and path.is_relative_to(ROOT), target
+
+
+def test_paths_in_words_lead_somewhere():
+    """docs/.. and notebooks/.. as named in pages, notebooks, source and tests."""
+    source = [
+        path
+        for pattern in ("*.py", "rr1/**/*.py", "bench/*.py")
+        for path in ROOT.glob(pattern)
+    ]
+    found = set()
+    for page in [*PAGES, *source]:
+        for path in re.findall(
+            r"\b(?:docs|notebooks)/[\w/]+\.\w+", page.read_text(encoding="utf-8")
         ):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            assert (ROOT / path).exists(), f"{page.relative_to(ROOT)}: {path}"
+            found.add(path)
+    assert "docs/learn/metrics.md" in found

@@ -4,6 +4,7 @@ their flags change, how they stop and go on, and that several processes do what 
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ import train_sft
 from degrade import Degradation
 from rr1 import (
     data,
+    doctor,
     grpo,
     records,
     rewards,
@@ -43,13 +45,8 @@ SMALL = {
     "grpo": "--steps 2 --prompts 3 --group-size 4 --max-new-tokens 12 --micro-batch 3 --lr 1e-3 "
     "--warmup 1",
 }
-CLOCKS = {
-    "seconds",
-    "tokens_per_second",
-    "seconds/rollout",
-    "seconds/score",
-    "seconds/update",
-}
+PHASES = ("rollout", "score", "update")
+CLOCKS = {"seconds", "tokens_per_second", *(f"seconds/{phase}" for phase in PHASES)}
 both = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -160,6 +157,28 @@ def test_files_of_a_run(lab, script):
     assert all(
         isinstance(value, (int, float)) for row in run.rows for value in row.values()
     ), "every metric is finite"
+
+
+def test_the_doctor_reads_what_the_scripts_write(lab):
+    """A metric, an option or a field of rollouts.jsonl that is renamed fails here."""
+    run = lab.run("grpo")
+    names = set(doctor.read(run.out / "metrics.jsonl", doctor.numbers)[-1])
+    assert {"step", "reward", *(f"seconds/{phase}" for phase in PHASES)} <= names
+    options = json.loads((run.out / "config.json").read_text())
+    for rule in doctor.RULES:
+        assert rule.metric in names
+        assert rule.advice.format_map(options)
+    known = doctor.read(run.out / "rollouts.jsonl", doctor.response)
+    assert len(known) == 2 * 2 * 4 and any(known)
+    assert doctor.examine(run.out)
+    sft = lab.run("sft").out
+    names |= set(doctor.read(sft / "metrics.jsonl", doctor.numbers)[-1])
+    assert "seconds" in names and doctor.examine(sft) == ["nothing found in 2 steps"]
+    page = (ROOT / "docs/learn/questions.md").read_text()
+    questions = re.findall(r"^## (\d+)\. (.*?)(?=^## |\Z)", page, re.M | re.S)
+    assert [int(number) for number, _ in questions] == list(range(1, 16))
+    for number, answer in questions:
+        assert names & set(re.findall(r"`([\w/]+)`", answer)), f"question {number}"
 
 
 def test_rollouts_can_be_read(lab):
