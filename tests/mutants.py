@@ -9,8 +9,8 @@ the file is put back. A mutant is killed where the test fails or takes too long;
 where it passes. A test that cannot be collected or fails without a mutant, or a line that is not
 there exactly once, is an error of the table below.
 
-Not in the table, since nothing can tell it from the code: in `training.held_out`, every rank answering
-all records in place of its share (the same means, for more work).
+Not in the table, since nothing can tell it from the code: in `training.held_out`, every rank
+answering all records in place of its share (the same means, for more work).
 """
 
 import os

@@ -362,7 +362,7 @@ def test_shipped_checkpoints_are_what_the_code_builds(built, folder):
         assert processor.tokenizer.tokenize(text) == built.tokenizer.tokenize(text), text
     assert (
         processor.tokenizer.chat_template == built.tokenizer.chat_template
-        and processor.end_id == built.end_id
+        and processor.tokenizer.eos_token == built.tokenizer.eos_token
     )
     assert processor.image_processor.size == built.image_processor.size
     assert Path(folder, "model.safetensors").stat().st_size <= 8e6
