@@ -50,10 +50,10 @@ def test_a_notebook_keeps_to_the_form(path):
     )
     number = int(path.name[:2])
     assert prose[0].startswith(f"# {number}. ")
-    assert sum("assert" in source for source in code) >= 4
+    assert sum("assert" in source for source in code) >= 3
     assert len(re.findall(r"<details><summary>Solution</summary>", "".join(prose))) >= 2
-    assert all(len(source.strip().splitlines()) <= 20 for source in code), (
-        "a cell longer than twenty lines"
+    assert all(len(source.strip().splitlines()) <= 24 for source in code), (
+        "a cell too long for a page"
     )
     promised = re.search(r"Eq\. (\d+)(?:-(\d+))?", prose[0].splitlines()[0])
     if promised:
