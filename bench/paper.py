@@ -74,7 +74,7 @@ PAIRS = [
 class Config:
     model: str = opt(tiny.BASE, "the base that all start from")
     seeds: list[int] = opt([0, 1, 2], "of training")
-    controls: list[int] = opt([0, 1, 2], "those of them that get the controls too")
+    controls: list[int] = opt([0, 1, 2], "those that get the controls too; may be none")
     world: int = opt(
         0, "whose held-out scenes are asked about; 0 is the one that is never tuned on"
     )
@@ -152,9 +152,9 @@ def report(rows: dict[tuple[str, str], dict[int, list[dict]]]) -> str:
     """The tables, as Markdown. rows: (arm, condition) -> seed -> answers."""
     names = ("r_deg", "type_f1", "r_len", "length")
     header = ["accuracy", *world.LEVELS, "captions, strong", *names, "with total", "seeds"]
-    blocks = [
-        markdown(header, [summary(arm, rows[arm, held_out.OWN], names) for arm in ARMS])
-    ]
+    arms = [arm for arm in ARMS if (arm, held_out.OWN) in rows]
+    table = [summary(arm, rows[arm, held_out.OWN], names) for arm in arms]
+    blocks = [markdown(header, table)]
 
     strong = {
         key: {s: held_out.questions_at(a, "strong") for s, a in answered.items()}
@@ -162,6 +162,8 @@ def report(rows: dict[tuple[str, str], dict[int, list[dict]]]) -> str:
     }
     table = []
     for after, before in PAIRS:
+        if not {after, before} <= set(arms):
+            continue
         two = strong[after, held_out.OWN], strong[before, held_out.OWN]
         table.append(compared(f"{after} minus {before}", *two))
     for arm in FORCED:
@@ -174,7 +176,7 @@ def report(rows: dict[tuple[str, str], dict[int, list[dict]]]) -> str:
 
     table = []
     for name in names[:3]:
-        for arm in ("answer", *CONTROLS, "more sft"):
+        for arm in arms[arms.index("answer") :]:
             two = rows[arm, held_out.OWN], rows["sft", held_out.OWN]
             table.append(compared(f"{name}: {arm} minus sft", *two, name))
     blocks.append(markdown(["all levels", "difference", "seeds above 0"], table))

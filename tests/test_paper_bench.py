@@ -67,6 +67,14 @@ def test_the_report_says_who_is_better(rows):
     assert sft[-2:] == ["1.00", "2"]
 
 
+def test_without_controls_the_report_has_the_main_arms_alone(rows):
+    few = {key: answered for key, answered in rows.items() if key[0] in paper.ARMS[:4]}
+    whole, short = paper.report(rows), paper.report(few)
+    assert "own best minus sft" in whole and "own best" not in short
+    for start in ("answer", "answer minus plain", "r_deg: answer minus sft"):
+        assert cells(short, start) == cells(whole, start)
+
+
 def test_the_figure_draws_each_level(rows):
     [axis] = paper.figure(rows).axes
     assert [line.get_label() for line in axis.lines] == ["base", "plain", "sft", "answer"]
