@@ -5,6 +5,7 @@ The generator stops by name at a function, test or heading that is not there."""
 import re
 import runpy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -37,3 +38,10 @@ def test_what_does_not_exist_is_named():
 
 def test_an_index_and_an_exponent():
     assert MADE["math"]("s_d^2") == "<msubsup><mi>s</mi><mi>d</mi><mn>2</mn></msubsup>"
+
+
+def test_every_formula_is_whole():
+    formulas = re.findall(r"<math.*?</math>", MADE["page"]())
+    assert len(formulas) > 17
+    for formula in formulas:
+        ElementTree.fromstring(formula.replace("&nbsp;", " "))
