@@ -34,11 +34,12 @@ QUEUE = {
     "concurrency_limit": 1,
     "api_visibility": "private",
 }
+PICTURE = {"interactive": False, "format": "png", "height": 250, "buttons": []}
 WEIGHTS = ("deg", "len", "format", "accuracy")
 DEFAULT = {"deg": 1.0, "len": 1.0}  # Eq. 9; the others 0
 STYLE = """
 .cards {display: flex; gap: 12px; flex-wrap: wrap}
-.card {flex: 1 1 210px; border: 1px solid #bbb; border-radius: 8px; padding: 10px}
+.card {flex: 1 1 150px; border: 1px solid #bbb; border-radius: 8px; padding: 10px}
 .card h3 {margin: 0 0 6px; font-weight: 700} .truth {background: #8882}
 .card dt {font-size: 12px; opacity: .7} .card dd {margin: 0 0 6px}
 .card p {font-size: 12px; opacity: .7; margin: 6px 0 0}
@@ -107,7 +108,8 @@ def judge(responses, record, reading, *weights):
 
 def page(models: dict[str, show.Model]) -> gr.Blocks:
     """The page for these models, by the names they are shown under."""
-    kinds = [
+    kinds = [("none", "")]
+    kinds += [
         (f"{stage}: {kind}", kind) for stage, types in STAGES.items() for kind in types
     ]
 
@@ -137,14 +139,14 @@ def page(models: dict[str, show.Model]) -> gr.Blocks:
                     "or a photo", type="binary", file_types=["image"], elem_id="photo"
                 )
                 types, strengths = [], []
-                for n in (1, 2, 3):
-                    types.append(gr.Dropdown(kinds, label=f"damage {n}", value=None))
+                for n, first in enumerate(("darkness", "", ""), start=1):
+                    types.append(gr.Dropdown(kinds, label=f"damage {n}", value=first))
                     strengths.append(gr.Slider(0, 1, 0.5, step=0.01, label="intensity"))
             with gr.Column(scale=5):
                 with gr.Row():
-                    clean = gr.Image(label="clean", interactive=False, format="png")
-                    seen = gr.Image(label="what the models see", format="png")
-                    undone = gr.Image(label="recovered", format="png")
+                    clean = gr.Image(label="clean", **PICTURE)
+                    seen = gr.Image(label="what the models see", elem_id="seen", **PICTURE)
+                    undone = gr.Image(label="recovered", **PICTURE)
                 question = gr.Dropdown([], label="question", allow_custom_value=True)
                 asking = gr.Button("Ask", variant="primary", elem_id="ask")
                 answers = gr.HTML(elem_id="answers")
@@ -152,9 +154,11 @@ def page(models: dict[str, show.Model]) -> gr.Blocks:
         with gr.Row():
             name = gr.Dropdown(list(models), value=list(models)[-1], label="model")
             draw_seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**31)
-            reading = gr.Radio(list(READINGS), value="matched", label="reading of Eq. 6")
+            reading = gr.Radio(
+                list(READINGS), value="matched", label="reading of Eq. 6, and the weights"
+            )
             weights = [
-                gr.Slider(0, 2, DEFAULT.get(term, 0), step=0.1, label=f"weight of {term}")
+                gr.Slider(0, 2, DEFAULT.get(term, 0), step=0.1, label=term)
                 for term in WEIGHTS
             ]
         sampling = gr.Button("Sample eight", elem_id="sample")
@@ -194,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         server_name=a.host,
         server_port=a.port,
         max_file_size=BYTES,
+        state_session_capacity=100,
         css=STYLE,
         theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
         footer_links=[],
