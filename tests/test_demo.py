@@ -195,7 +195,7 @@ def address():
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(url) or server.poll() is not None, 90)
+        until(lambda: answers(url) or server.poll() is not None, 300)
         assert server.poll() is None, server.stdout.read().decode()
         yield url
     finally:
@@ -210,7 +210,7 @@ def answers(url):
         return False
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=90):
     """What the condition gives once it is true; AssertionError where it never is."""
     end = time.monotonic() + seconds
     while not (found := condition()):
