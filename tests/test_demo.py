@@ -219,29 +219,35 @@ def until(condition, seconds=90):
     return found
 
 
-def test_no_path_from_the_page_is_opened(address, tmp_path):
-    """A file of this computer, named as if it had been uploaded, is refused."""
-    file = tmp_path / "secret.png"
-    Image.new("RGB", (8, 8)).save(file)
+def send(url, content, kind="application/json"):
+    request = urllib.request.Request(url, content, {"Content-Type": kind})
+    return urllib.request.urlopen(request, timeout=60).read().decode()
+
+
+def photo_from(address, path, session):
+    """What the page's server says to a photo that is said to lie at this path."""
     config = json.load(urllib.request.urlopen(f"{address}/config"))
     [button] = [c["id"] for c in config["components"] if c["type"] == "uploadbutton"]
     [upload] = [d for d in config["dependencies"] if d["inputs"] == [button]]
-    given = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [given], "fn_index": upload["id"], "session_hash": "test"}
-    prefix = address + config["api_prefix"]
-    request = urllib.request.Request(
-        f"{prefix}/queue/join",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    urllib.request.urlopen(request).read()
-    with urllib.request.urlopen(
-        f"{prefix}/queue/data?session_hash=test", timeout=30
-    ) as told:
-        told = told.read().decode()
-    assert '"success":false' in told.replace(" ", "")
-    with pytest.raises(urllib.error.HTTPError):
-        urllib.request.urlopen(f"{prefix}/file={file}")
+    given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [given], "fn_index": upload["id"], "session_hash": session}
+    send(f"{address}/gradio_api/queue/join", json.dumps(body).encode())
+    events = f"{address}/gradio_api/queue/data?session_hash={session}"
+    return urllib.request.urlopen(events, timeout=60).read().decode().replace(" ", "")
+
+
+def test_no_path_from_the_page_is_opened(address, tmp_path):
+    """A file of this computer, named as if it had been uploaded, is refused; an upload is not."""
+    file = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(file)
+    assert '"success":false' in photo_from(address, str(file), "one")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{address}/gradio_api/file={file}")
+    head = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    form = head.encode() + file.read_bytes() + b"\r\n--x--\r\n"
+    kind = "multipart/form-data; boundary=x"
+    [path] = json.loads(send(f"{address}/gradio_api/upload", form, kind))
+    assert '"success":true' in photo_from(address, path, "two")
 
 
 @pytest.fixture
