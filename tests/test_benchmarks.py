@@ -806,6 +806,21 @@ def test_damage_that_fails_leaves_nothing(tsv, tmp_path):
     assert not list(tmp_path.glob("twice*")) and not list(tmp_path.glob("*.tmp"))
 
 
+def test_damage_with_skip_bad_leaves_rows_out_and_names_them(tsv, tmp_path, capsys):
+    bad, hurt = tmp_path / "bad.tsv", tmp_path / "hurt.tsv"
+    write_tsv(bad, [ROWS[0], ROWS[-1] | {"image": "a" * 101}, ROWS[-1] | {"index": 11}])
+    ask = ["damage", str(bad), str(hurt), "--levels", "1"]
+    with pytest.raises(records.DataError, match="bad.tsv:4: image is not base64"):
+        benchmarks.main(ask)
+    assert not hurt.exists()
+    benchmarks.main([*ask, "--skip-bad"])
+    assert f"left out: {bad}:4: image is not base64" in capsys.readouterr().out
+    assert [row["index"] for _, row in rows_of(hurt)] == [str(ROWS[0]["index"]), "11"]
+    write_tsv(bad, [ROWS[-1] | {"image": ""}])
+    with pytest.raises(records.DataError, match="bad.tsv: holds no row that can be used"):
+        benchmarks.main([*ask, "--skip-bad"])
+
+
 def test_damage_uses_all_cores(tsv, tmp_path, monkeypatch):
     threads, draw = set(), evaluation_tsv.draw_damage
 

@@ -232,11 +232,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="fixes the damage of each picture"
     )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out, and name, rows without a usable picture",
+    )
     options = parser.parse_args(argv)
-    source = options.source
+    source, bad = options.source, [] if options.skip_bad else None
     if source.suffix != ".tsv" or not source.is_file():
         raise SystemExit(f"{source}: expected a .tsv file")
-    written = damage_tsv(source, options.target, options.levels, options.seed)
+    written = damage_tsv(source, options.target, options.levels, options.seed, bad)
+    for why in bad or ():
+        print("left out:", why)
     print("written:", ", ".join(map(str, written)))
 
 
