@@ -2,7 +2,8 @@
 
 The `openai` client itself repeats a request after 408, 409, 429, 5xx, silence and a lost
 connection, and waits as long as Retry-After says, up to two minutes. This file adds: how many
-requests go out in a minute, replies that are no chat completion, and which errors end everything.
+requests go out in a minute, replies that are no chat completion or drip in without an end, and
+which errors end everything.
 The key comes from the environment variable OPENAI_API_KEY and goes into the request's header only.
 """
 
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -55,7 +56,8 @@ class ChatClient:
     base_url     the endpoint, such as http://localhost:8000/v1; empty: OpenAI's
     per_minute   requests a minute, repeated ones included; 0: as many as will go
     retries      how often a request is repeated
-    timeout      seconds of silence after which a request counts as failed
+    timeout      seconds of silence after which a request counts as failed; a reply that has begun
+                 to arrive must be whole after so many seconds more
     flag         the command-line flag that named the model, for error messages
     """
 
@@ -84,6 +86,7 @@ class ChatClient:
             advice = "put your key into OPENAI_API_KEY, or name a server of your own"
             raise SystemExit(f"{flag} {model}: {advice}")
         self.model, self.retries, self.max_tokens = model, retries, max_tokens
+        self.timeout = timeout
         self._limit = {} if max_tokens is None else {"max_tokens": max_tokens}
         self._interval = 60 / per_minute if per_minute else 0.0
         self._next_turn, self._next_line, self._lock = 0.0, 0.0, threading.Lock()
@@ -108,7 +111,8 @@ class ChatClient:
             if reply is not None:
                 return reply
             self.stopped.wait(PAUSE)
-        raise NoAnswer(f"{self.retries + 1} times what came was not a chat completion")
+        times = f"{self.retries + 1} times"
+        raise NoAnswer(f"{times} what came was not a chat completion, or not whole in time")
 
     def stop(self, why: str) -> Stop:
         """Let no thread ask anything more; returns the exception that says why."""
@@ -117,7 +121,7 @@ class ChatClient:
         return Stop(self.why)
 
     def _request(self, message: dict) -> Any:
-        """The JSON of one reply; None where it is not JSON."""
+        """The JSON of one reply; None where it is not JSON, or drips."""
         limit = self._limit
         try:
             raw = self._client.chat.completions.with_raw_response.create(
@@ -135,7 +139,7 @@ class ChatClient:
             if self.stopped.is_set():
                 raise Stop(self.why) from None
             raise NoAnswer(self._without_key(f"{error} ({error.__cause__})")) from None
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, TimeoutError):
             return None
 
     def _meaning(self, error: Any) -> Exception:
@@ -163,6 +167,7 @@ class ChatClient:
             self._say(
                 f"HTTP {response.status_code} from the server{wait_asked_for(response)}"
             )
+        response.stream = bounded(response.stream, self.timeout)
 
     def _say(self, line: str) -> None:
         """Print why it takes long, now and then."""
@@ -182,6 +187,25 @@ class ChatClient:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
+
+
+def bounded(stream: Any, seconds: float) -> Any:
+    """A response's stream of bytes. TimeoutError where it is not at its end after `seconds`."""
+
+    class Bounded(type(stream)):
+        def __init__(self):
+            self.end = time.monotonic() + seconds
+
+        def __iter__(self) -> Iterator[bytes]:
+            for piece in stream:
+                if time.monotonic() > self.end:
+                    raise TimeoutError(f"a reply was not whole after {seconds:g} seconds")
+                yield piece
+
+        def close(self) -> None:
+            stream.close()
+
+    return Bounded()
 
 
 def repetition(request: Any) -> int:

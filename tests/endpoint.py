@@ -32,9 +32,9 @@ class Raw(NamedTuple):
 class Server:
     """A chat endpoint on the loopback.
 
-    `behave(request)` says how to treat a request: "ok", a status, "html", "odd", "never", or a dict
-    that changes the good answer's choice. `log` has every request in order, `paid` the requests
-    that were answered.
+    `behave(request)` says how to treat a request: "ok", a status, "html", "odd", "never", "drip",
+    or a dict that changes the good answer's choice. `log` has every request in order, `paid` the
+    requests that were answered.
     """
 
     def __init__(self):
@@ -103,6 +103,11 @@ class Server:
         for name, value in headers.items():
             http.send_header(name, str(value))
         http.end_headers()
+        if how == "drip":
+            for byte in body:
+                http.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+            return
         half = len(body) // 2
         http.wfile.write(body[:half])
         if how == "kill during":

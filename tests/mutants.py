@@ -556,6 +556,13 @@ rr1/evaluation/scores.py
         if row.get("asked") == "index":
         if False:
 
+rr1/client.py
+    test_annotate_hostile.py::test_a_reply_that_drips_is_given_up_and_asked_for_again_20
+        response.stream = bounded(response.stream, self.timeout)
+        bounded(response.stream, self.timeout)
+        except (ValueError, RecursionError, TimeoutError):
+        except (ValueError, RecursionError):
+
 rr1/evaluation/tsv.py
     test_benchmarks.py::test_absent_cells_are_those_of_pandas
         if text in ABSENT:
@@ -580,6 +587,9 @@ rr1/evaluation/benchmarks.py
     test_benchmarks.py::test_skip_bad_leaves_rows_out_and_names_them
         bad if skip_bad else None)
         None)
+    test_benchmarks.py::test_damage_with_skip_bad_leaves_rows_out_and_names_them
+        options.target, options.levels, options.seed, bad
+        options.target, options.levels, options.seed
 
 rr1/evaluation/votes.py
     test_benchmarks.py::test_a_busy_judge_is_waited_for_and_one_lost_vote_ends_nothing

@@ -391,7 +391,7 @@ def test_a_okvqa_json(tmp_path):
         ),
         (
             '{"image": "../outside.png", "question": "?", "answer": "cat"}',
-            r"2: .*outside.png leads to .*out of the image folder: move",
+            r"2: .*outside.png' leads to .*out of the image folder .*: move",
         ),
         ('{"image": "0.png", "question": "?"}', r"2: no answer; expected"),
         (

@@ -312,6 +312,19 @@ def test_long_waits_say_why_20(server, questions, tmp_path, capsys, monkeypatch)
         assert line in said
 
 
+def test_a_reply_that_drips_is_given_up_and_asked_for_again_20(server, questions, tmp_path):
+    """Each byte comes in time, all of them would take half a minute."""
+    trouble = {1: "drip", 3: "drip"}
+    server.behave = lambda request: trouble.get(request.number, "ok")
+    begin = time.monotonic()
+    assert len(build(questions, tmp_path, *flags(server, "--timeout", 0.5))) == 2
+    assert time.monotonic() - begin < 15 and len(server.log) == 10
+    server.behave = lambda request: "drip"
+    limits = ("--timeout", 0.3, "--retries", 1)
+    with pytest.raises(SystemExit, match="2 times what came was .* not whole in time"):
+        build(questions, tmp_path / "never", *flags(server, *limits))
+
+
 @pytest.mark.parametrize(
     "trouble",
     [

@@ -441,7 +441,8 @@ def test_r_bench_in_utf_8_and_with_full_width_marks(tmp_path):
 
 def test_r_benchs_distortions_have_names():
     names = [benchmarks.name_of_distortion(str(i)) for i in range(1, 34)]
-    assert len(set(names)) == 33 == len(sum(benchmarks.GROUPS.values(), ()))
+    assert len(set(names)) == 33 == len(benchmarks.DISTORTIONS)
+    assert len({name.partition(", ")[2] for name in names}) == 7  # groups
     assert names == sorted(names)  # as text: 02 before 10
     assert names[0] == "01 environment, blur" and names[32] == "33 enhancement, chrominance"
     assert names[3] == "04 environment, wild" and names[4] == "05 camera, blur"
@@ -804,6 +805,21 @@ def test_damage_that_fails_leaves_nothing(tsv, tmp_path):
         with pytest.raises(records.DataError, match=message):
             damage_tsv(source, twice, [0.5, 1.0])
     assert not list(tmp_path.glob("twice*")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_damage_with_skip_bad_leaves_rows_out_and_names_them(tsv, tmp_path, capsys):
+    bad, hurt = tmp_path / "bad.tsv", tmp_path / "hurt.tsv"
+    write_tsv(bad, [ROWS[0], ROWS[-1] | {"image": "a" * 101}, ROWS[-1] | {"index": 11}])
+    ask = ["damage", str(bad), str(hurt), "--levels", "1"]
+    with pytest.raises(records.DataError, match="bad.tsv:4: image is not base64"):
+        benchmarks.main(ask)
+    assert not hurt.exists()
+    benchmarks.main([*ask, "--skip-bad"])
+    assert f"left out: {bad}:4: image is not base64" in capsys.readouterr().out
+    assert [row["index"] for _, row in rows_of(hurt)] == [str(ROWS[0]["index"]), "11"]
+    write_tsv(bad, [ROWS[-1] | {"image": ""}])
+    with pytest.raises(records.DataError, match="bad.tsv: holds no row that can be used"):
+        benchmarks.main([*ask, "--skip-bad"])
 
 
 def test_damage_uses_all_cores(tsv, tmp_path, monkeypatch):

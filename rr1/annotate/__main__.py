@@ -91,7 +91,7 @@ class Config:
         6, "how often a request is repeated after 429, 5xx, silence or garbage"
     )
     timeout: float = opt(
-        120.0, "seconds of silence after which a request has failed", low=0.1
+        120.0, "seconds of silence, and of a dripping reply, that end a request", low=0.1
     )
     price_in: float = opt(0.0, "dollars for a million tokens read by the teacher")
     price_out: float = opt(0.0, "dollars for a million tokens written by the teacher")

@@ -34,25 +34,41 @@ FIELDS = ("benchmark", "letters", "strength", "category", "references", "circle"
 R_BENCH = ("name", "question", "choice", "answer", "type", "distortion", "strength")
 FORMS = {"MCQ": "choice", "VQA": "open", "CAP": "caption"}
 OPTION = re.compile(r"(?:^|[;\uff1b])\s*([A-Z])\s*[.:\uff0e]")
-# R-Bench numbers its 33 distortions, and names the seven steps and seven groups that they are in
-STEPS = {
-    4: "environment",
-    8: "camera",
-    13: "analog",
-    18: "source",
-    22: "channel",
-    27: "receive",
-}
-STEPS[33] = "enhancement"  # each from the one before it on
-GROUPS = {
-    "blur": (1, 5, 28),
-    "luminance": (25, 26, 27),
-    "chrominance": (14, 23, 24, 29, 30, 32, 33),
-    "spatial": (6, 13, 18, 19, 20, 21, 22),
-    "noise": (9, 10, 11, 12, 31),
-    "compression": (15, 16, 17),
-    "wild": (2, 3, 4, 7, 8),
-}
+# R-Bench numbers its 33 distortions: the step in which each happens, and its group
+DISTORTIONS = """\
+01 environment, blur
+02 environment, wild
+03 environment, wild
+04 environment, wild
+05 camera, blur
+06 camera, spatial
+07 camera, wild
+08 camera, wild
+09 analog, noise
+10 analog, noise
+11 analog, noise
+12 analog, noise
+13 analog, spatial
+14 source, chrominance
+15 source, compression
+16 source, compression
+17 source, compression
+18 source, spatial
+19 channel, spatial
+20 channel, spatial
+21 channel, spatial
+22 channel, spatial
+23 receive, chrominance
+24 receive, chrominance
+25 receive, luminance
+26 receive, luminance
+27 receive, luminance
+28 enhancement, blur
+29 enhancement, chrominance
+30 enhancement, chrominance
+31 enhancement, noise
+32 enhancement, chrominance
+33 enhancement, chrominance""".splitlines()
 
 
 def read(
@@ -152,11 +168,9 @@ def read_r_bench_row(row: dict) -> dict:
 
 def name_of_distortion(number: str) -> str:
     """`05 camera, blur`; what is no number of R-Bench's is a name already."""
-    if not number.isdigit() or not 1 <= int(number) <= 33:
+    if not number.isdigit() or not 1 <= int(number) <= len(DISTORTIONS):
         return number
-    step = next(name for last, name in STEPS.items() if int(number) <= last)
-    group = next(name for name, members in GROUPS.items() if int(number) in members)
-    return f"{int(number):02} {step}, {group}"
+    return DISTORTIONS[int(number) - 1]
 
 
 def read_options(choice: str) -> dict:
@@ -232,11 +246,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="fixes the damage of each picture"
     )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out, and name, rows without a usable picture",
+    )
     options = parser.parse_args(argv)
-    source = options.source
+    source, bad = options.source, [] if options.skip_bad else None
     if source.suffix != ".tsv" or not source.is_file():
         raise SystemExit(f"{source}: expected a .tsv file")
-    written = damage_tsv(source, options.target, options.levels, options.seed)
+    written = damage_tsv(source, options.target, options.levels, options.seed, bad)
+    for why in bad or ():
+        print("left out:", why)
     print("written:", ", ".join(map(str, written)))
 
 

@@ -262,13 +262,18 @@ def draw_damage(name: str, seed: int) -> tuple[str, int]:
 
 
 def damage_tsv(
-    source: Path, target: Path, levels: list[float], seed: int = 0
+    source: Path,
+    target: Path,
+    levels: list[float],
+    seed: int = 0,
+    bad: list[str] | None = None,
 ) -> list[Path]:
     """Write a copy of a TSV for each level, whole or not at all; returns the files.
 
     Pictures are damaged, on all cores, and in PNG, so nothing else is lost (several times larger),
     with the columns degradation, intensity and damage_seed. One level: `target`; several:
-    target_25.tsv .. A row that borrows another's picture still does.
+    target_25.tsv .. A row that borrows another's picture still does. A row that cannot be used
+    raises DataError, or is left out and told in `bad`.
     """
     names = [target]
     if len(levels) > 1:
@@ -282,8 +287,10 @@ def damage_tsv(
     temporary = [name.with_name(name.name + ".tmp") for name in names]
     try:
         with ThreadPool() as pool:
-            damaged = pool.imap(partial(damage_row, levels, seed), rows_of(source))
-            write_sheets(damaged, levels, temporary)
+            damaged = pool.imap(partial(damage_row, levels, seed, bad), rows_of(source))
+            write_sheets(filter(None, damaged), levels, temporary)
+        if not temporary[0].exists():
+            raise DataError(f"{source}: holds no row that can be used")
     except BaseException:
         for path in temporary:
             path.unlink(missing_ok=True)
@@ -314,10 +321,12 @@ def write_sheets(damaged: Iterable[tuple], levels: list[float], paths: list[Path
                 writer.writerow(row | made | {"image": cell})
 
 
-def damage_row(levels: list[float], seed: int, found: tuple[str, dict]) -> tuple:
+def damage_row(
+    levels: list[float], seed: int, bad: list[str] | None, found: tuple[str, dict]
+) -> tuple | None:
     """(row, its image cell at each level, its damage); a borrowed picture stays borrowed."""
     where, row = found
-    with named(where):
+    with left_out(bad, where):
         cells = as_list(row.get("image", ""))
         if not cells:
             raise ValueError("no image inside the file, so none to damage")
