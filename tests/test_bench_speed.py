@@ -1,6 +1,5 @@
 """bench/grpo.py and bench/gpu.py: what they count is right, and they run."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
 import gpu
@@ -91,55 +89,26 @@ def test_the_sizes_of_the_3b_model_are_those_of_its_checkpoint():
             assert ours[part].get(name) == published[part].get(name), name
 
 
-def test_operations_of_an_update_are_those_that_pytorch_counts():
-    """Of the weights: a forward pass of one packed row. PyTorch counts the blocks of attention
-    whole; those are left to the formula."""
-    policy = gpu.make_models("tiny", False, torch.device("cpu")).policy
-    (prompt,) = gpu.make_prompts(policy, gpu.Case(width=112, height=112), 1)
-    G, L = 3, 5
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        gpu.vlm.group_logps(policy, [prompt], [[[400] * L] * G])
-    counts = counter.get_flop_counts()["Global"]
-    counted = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
-    text, P = policy.config.text_config, len(prompt.ids)
-    pairs = sum(range(1, P + 1)) + G * sum(range(P + 1, P + L + 1))
-    attention = text.num_hidden_layers * 4 * text.hidden_size * pairs
-    assert gpu.update_operations(text, P, G, L) == 3 * (counted + attention)
-
-
-@pytest.mark.parametrize("flag", [[], ["--plain"]])
-def test_gpu_stops_at_the_first_size_that_does_not_fit(tmp_path, monkeypatch, capsys, flag):
+def test_gpu_stops_at_the_first_size_that_does_not_fit(tmp_path, monkeypatch, capsys):
     real, tried = gpu.step, []
 
     def step(models, rt, new_tokens, case):
         tried.append(case)
-        if case.G > 3 and case.width > 100:
+        if case.G > 3:
             raise torch.OutOfMemoryError
-        if not case.checkpointing:
-            raise RuntimeError("no kernel\nfor this")
         return real(models, rt, new_tokens, case)
 
-    small = {"width": 84, "height": 56}
-    cases = {"G 2": gpu.Case(G=2, **small), "G 4": gpu.Case(G=4), "G 8": gpu.Case(G=8)}
-    modes = {}
+    cases = {f"G {G}": gpu.Case(G, width=84, height=56) for G in (2, 4, 8)}
     monkeypatch.setattr(gpu, "step", step)
     monkeypatch.setitem(gpu.PARTS, "groups", cases)
-    for name, case in gpu.PARTS["modes"].items():
-        modes[name] = dataclasses.replace(case, G=2, **small)
-    monkeypatch.setitem(gpu.PARTS, "modes", modes)
-    command = "--sizes tiny --new-tokens 2 --rounds 1 --parts groups modes --out"
-    gpu.main([*command.split(), str(tmp_path), *flag])
+    command = f"--sizes tiny --new-tokens 2 --rounds 1 --parts groups --out {tmp_path}"
+    gpu.main(command.split())
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
-    assert [case.G for case in tried[:4]] == [2, 2, 4, 2]
-    lines = {}
-    for line in text.splitlines():
-        if line.startswith("|"):
-            lines[line.split("|")[1].strip()] = line
-    assert "does not fit" in lines["G 4"] and "does not fit" not in lines["G 2"]
-    assert "G 8" not in lines and "without sharing" in lines
-    assert "| RuntimeError: no kernel " in lines["without --gradient-checkpointing"]
-    assert json.loads((tmp_path / "report.json").read_text())["groups"]["G 4"] is None
+    assert [case.G for case in tried] == [2, 2, 4]
+    assert "| G 4 | does not fit" in text and "| G 8" not in text
+    first = next(line for line in text.splitlines() if line.startswith("| G 2"))
+    assert "| 156 " in first and "does not fit" not in first
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
