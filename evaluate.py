@@ -89,9 +89,7 @@ class Config:
     # machine
     out: str = opt("", "empty: runs/eval, of a benchmark runs/eval-ITS-NAME")
     batch: int = opt(64, "prompts at a time, in each process", low=1)
-    workers: int = opt(
-        0, "processes that read pictures ahead, in each process; 0: a thread"
-    )
+    workers: int = opt(0, "threads that read pictures ahead, in each process; 0: one")
 
 
 def main(argv: list[str] | None = None) -> None:

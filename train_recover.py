@@ -71,12 +71,12 @@ class Config:
     )
     at_noise: float = opt(0.5, "sft: share of times that are 1: plain regression", high=1)
     group_size: int = opt(8, "grpo: G, recoveries of each picture", low=2)
-    sampling_steps: int = opt(5, "grpo: steps of the sampler, at shifted times", low=2)
-    noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))", low=0.01)
-    window: int = opt(
-        4, "grpo: noise on this many steps in a row, drawn each rollout; 0: on all"
+    sampling_steps: int = opt(
+        5,
+        "grpo: steps of the sampler, at shifted times; all but the last carry noise",
+        low=2,
     )
-    early: int = opt(4, "grpo: the window lies within the first this many")
+    noise: float = opt(0.7, "grpo: a of sigma_t = a sqrt(t / (1 - t))", low=0.01)
     shuffle: bool = opt(False, "grpo: advantages change places, as a control")
     encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
     reward_weights: list[float] = opt(
@@ -97,8 +97,6 @@ class Config:
     )
     lr: float | None = opt(None, "peak learning rate; default: 2.5e-3, grpo 1e-4")
     warmup: int = opt(20, "steps of linear warm-up; a cosine down follows")
-    weight_decay: float = opt(0.01, "of AdamW, on matrices and kernels only")
-    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", low=1e-9)
     seed: int = opt(
         0, "of the weights' start, the order of pictures, their damage and all noise"
     )
@@ -122,16 +120,8 @@ DEFAULTS = {
         "model": tiny.RESTORER,
     },
 }
-PANELS = {
-    "reward (mean, spread within a group)": ["reward", "reward_std"],
-    "reward terms": ["reward/*"],
-    "KL to the reference": ["kl"],
-    "shares": ["zero_std", "clip_low", "clip_high"],
-    "loss": ["loss"],
-    "gradient norm": ["grad_norm"],
-    "learning rate": ["lr"],
-    "seconds": ["seconds/*"],
-}
+WEIGHT_DECAY = 0.01  # of AdamW, on matrices and kernels only
+MAX_GRAD_NORM = 1.0
 SAID = ("loss", "reward", "reward/pix", "reward/sem", "reward_std", "kl", "grad_norm", "lr")
 
 
@@ -144,8 +134,6 @@ def main(argv: list[str] | None = None) -> None:
     runtime.check_even(rt, "--batch", config.batch)
     if len(config.reward_weights) != 2:
         raise SystemExit("--reward-weights: give two numbers, of R_pix and of R_sem")
-    if config.stage == "grpo":
-        draw_window(config, step=0)  # an error now where it does not fit
     torch.manual_seed(config.seed)  # the same weights on all processes
     model = Restorer.from_pretrained(config.model) if config.model else Restorer()
     config.side = config.side or model.config["side"]
@@ -159,10 +147,10 @@ def main(argv: list[str] | None = None) -> None:
     shown = pairs.held_out(source, 8)  # damaged, clean
     encoder = rewards.load_encoder(config.encoder, rt.device)
     free = {"save_every", "tracker"}
-    run = RunFolder(config, rt, PANELS, free=free, tracker=config.tracker)
+    run = RunFolder(config, rt, free=free, tracker=config.tracker)
 
     model = model.to(rt.device)
-    optimizer = runtime.build_optimizer(model, config.lr, config.weight_decay)
+    optimizer = runtime.build_optimizer(model, config.lr, WEIGHT_DECAY)
     if config.stage == "sft":
         take_step = partial(fine_tune, config, rt, model, optimizer)
     else:
@@ -197,12 +185,6 @@ def load_pairs(
     indices = data.batch_indices(len(source), config.batch, step, config.seed)
     seeds = [data.seed_for(config.seed, step, place) for place in places]
     return seeds, *pairs.load_pairs(source, [indices[place] for place in places], seeds)
-
-
-def draw_window(config: Config, step: int) -> range:
-    """The sampler's steps that carry noise in this rollout."""
-    generator = torch.Generator().manual_seed(data.seed_for(config.seed, step))
-    return flow.noisy_steps(config.sampling_steps, config.window, config.early, generator)
 
 
 def velocity_of(network: Restorer, z_c: Tensor, rt: runtime.Runtime) -> flow.Velocity:
@@ -249,7 +231,7 @@ def fine_tune(
     rate = config.lr * runtime.cosine_with_warmup(
         step, config.steps, config.warmup, floor=0.02
     )
-    norm = runtime.update(optimizer, rt, rate, config.max_grad_norm)
+    norm = runtime.update(optimizer, rt, rate, MAX_GRAD_NORM)
     timer.lap("update")
     return means.over_ranks(rt) | {"grad_norm": norm, "lr": rate} | timer.seconds
 
@@ -280,7 +262,7 @@ def reinforce(
         groups = [torch.randn(G, *z_c.shape[1:], generator=g) for g in generators]
         return torch.cat(groups).to(rt.device)  # (n, 3, side, side)
 
-    ks = draw_window(config, step)
+    ks = range(config.sampling_steps - 1)  # noise on the last one would stay in the picture
     velocity = velocity_of(model, z_c, rt)
     path = flow.sample_sde(velocity, fresh(), grid, ks, fresh, a)
     timer.lap("rollout")
@@ -325,7 +307,7 @@ def reinforce(
         means.add("loss", loss.detach(), count=len(A) / N)
         for name in ("ratio", "clip_low", "clip_high", "kl"):
             means.add(name, statistics[name], count=statistics["tokens"])
-        norm = runtime.update(optimizer, rt, rate, config.max_grad_norm)
+        norm = runtime.update(optimizer, rt, rate, MAX_GRAD_NORM)
     timer.lap("update")
     return means.over_ranks(rt) | {"grad_norm": norm, "lr": rate} | timer.seconds
 

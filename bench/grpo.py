@@ -1,8 +1,7 @@
 """How long does a GRPO step take, beside TRL's on the same model, pictures and prompts?
 
     pip install trl==1.16.0                     # the peer; nothing else in the repository needs it
-    python bench/grpo.py                        # one thread; writes runs/bench-grpo/report.md
-    python bench/grpo.py --configurations photo photo-G4 photo-G16 --rounds 7
+    python bench/grpo.py --rounds 7             # one thread; writes runs/bench-grpo/report.md
 
 Three processes stand side by side: `train_grpo.main` without rr1/fast.py ("plain") and with it
 ("fast"), and `trl.GRPOTrainer.train`. They take turns, step by step, so that whatever slows the
@@ -41,7 +40,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 import train_grpo
 from rr1 import data, fast, rollout, run_folder, runtime, tiny, vlm
 from rr1.evaluation.statistics import markdown
-from rr1.files import write_json, write_text
+from rr1.files import lines_of, write_text
 from rr1.runtime import opt
 
 KINDS = ("plain", "fast", "peer")
@@ -50,11 +49,9 @@ PHASES = ("rollout", "score", "update")
 
 @dataclass
 class Setting:
-    """Sizes of a model and of its work."""
+    """Sizes of a model and of its work: one group a step."""
 
-    about: str
     G: int = 8
-    groups: int = 1
     width: int = 640
     height: int = 480
     text: int = 150  # tokens of the prompt beside the picture's
@@ -65,30 +62,12 @@ class Setting:
     vocab: int = 4096
 
 
-CONFIGURATIONS = {
-    "photo": Setting("a 640 x 480 photo, 150 tokens of text, 128 new tokens, G 8"),
-    "photo-G4": Setting("the same, G 4", G=4),
-    "photo-G16": Setting("the same, G 16", G=16),
-    "tiny": Setting(
-        "the default run's sizes: 16 groups of 8, 64 new tokens",
-        groups=16,
-        width=112,
-        height=112,
-        text=40,
-        new=64,
-        hidden=192,
-        head=48,
-        vocab=710,
-    ),
-}
+PHOTO = Setting()
 
 
 @dataclass
 class Config:
-    configurations: list[str] = opt(
-        list(CONFIGURATIONS), "what to measure", list(CONFIGURATIONS)
-    )
-    rounds: int = opt(5, "turns of each that count; one more warms up")
+    rounds: int = opt(5, "turns of each that count; one more warms up", low=1)
     threads: int = opt(1, "of each process")
     out: str = opt("runs/bench-grpo", "folder for the inputs and the report")
     worker: str = opt("", "for the processes themselves", ["", *KINDS])
@@ -132,13 +111,11 @@ def write_inputs(folder: Path, c: Setting, steps: int) -> None:
         {"from": "gpt", "value": "<TYPE>noise(0.5)<TYPE_END>"},
     ]
     rng, lines = np.random.default_rng(0), []
-    for i in range(steps * c.groups):
+    for i in range(steps):
         noise = rng.integers(0, 256, (c.height, c.width, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
-        lines.append(
-            {"id": str(i), "image": f"{i}.png", "length": 60, "conversations": turns}
-        )
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines.append({"image": f"{i}.png", "length": 60, "conversations": turns})
+    write_text(folder / "train.jsonl", lines_of(lines))
 
 
 # ---------------------------------------------------------------- counting
@@ -234,12 +211,10 @@ def run_ours(kind: str, folder: Path, c: Setting, steps: int, counts: Counts) ->
     vlm.group_logps = scored
     data.prefetch = one_after_the_other
     run_folder.RunFolder.log = log
-    options = f"--part all --prompts {c.groups} --group-size {c.G} --max-new-tokens {c.new}".split()
-    options += f"--steps {steps} --save-every 1000000 --lr 1e-4".split()
-    model, records, out = folder / "model", folder / "train.jsonl", folder / kind
-    train_grpo.main(
-        ["--model", f"{model}", "--data", f"{records}", "--out", f"{out}", *options]
-    )
+    options = f"--part all --prompts 1 --group-size {c.G} --max-new-tokens {c.new}"
+    options += f" --steps {steps} --save-every 0 --lr 1e-4"
+    options += f" --model {folder}/model --data {folder}/train.jsonl --out {folder}/{kind}"
+    train_grpo.main(options.split())
 
 
 # ---------------------------------------------------------------- taking turns
@@ -248,11 +223,11 @@ def run_ours(kind: str, folder: Path, c: Setting, steps: int, counts: Counts) ->
 class Worker:
     """One of the processes: `step()` lets it do one step and returns what it reports."""
 
-    def __init__(self, kind: str, name: str, config: Config):
+    def __init__(self, kind: str, config: Config):
         own = {"OMP_NUM_THREADS": str(config.threads), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, "--worker", kind, "--configurations", name]
-        command += ["--rounds", str(config.rounds), "--out", config.out]
-        self.log = Path(config.out) / name / f"{kind}.log"
+        command = [sys.executable, __file__, "--worker", kind, "--out", config.out]
+        command += ["--rounds", str(config.rounds)]
+        self.log = Path(config.out) / f"{kind}.log"
         self.process = subprocess.Popen(
             command,
             env=os.environ | own,
@@ -276,14 +251,15 @@ class Worker:
         return json.loads(self.until("STEP "))
 
 
-def measure(name: str, config: Config) -> dict[str, list[dict]]:
-    folder = Path(config.out) / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_inputs(folder, CONFIGURATIONS[name], config.rounds + 1)
-    workers = {kind: Worker(kind, name, config) for kind in KINDS}
+def measure(config: Config) -> dict[str, list[dict]]:
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        shutil.rmtree(folder / kind, ignore_errors=True)
+    write_inputs(folder, PHOTO, config.rounds + 1)
+    workers = {kind: Worker(kind, config) for kind in KINDS}
     steps: dict[str, list[dict]] = {kind: [] for kind in KINDS}
-    for _ in tqdm(range(config.rounds + 1), desc=name):
+    for _ in tqdm(range(config.rounds + 1)):
         for kind, worker in workers.items():
             steps[kind].append(worker.step())
     for worker in workers.values():
@@ -291,13 +267,12 @@ def measure(name: str, config: Config) -> dict[str, list[dict]]:
     return {kind: found[1:] for kind, found in steps.items()}
 
 
-def report(name: str, steps: dict[str, list[dict]]) -> str:
+def report(steps: dict[str, list[dict]]) -> str:
     """Medians over turns of the seconds and of the ratios to the peer's; counts of a step."""
     rows = []
     for key in ("step", *PHASES):
-        seconds = [
-            [step["seconds"][key] for step in steps[kind]] for kind in KINDS
-        ]  # by turn
+        # by turn
+        seconds = [[step["seconds"][key] for step in steps[kind]] for kind in KINDS]
         ratios = [np.divide(seconds[-1], own) for own in seconds[:-1]]
         cells = [f"{statistics.median(values):.2f}" for values in [*seconds, *ratios]]
         rows.append([f"seconds, {key}", *cells])
@@ -310,22 +285,21 @@ def report(name: str, steps: dict[str, list[dict]]) -> str:
         cells += [f"{values[-1] / max(own, 1):.2f}" for own in values[:-1]]
         rows.append([key, *cells])
     header = ["", "plain", "with fast.py", "TRL", "TRL / plain", "TRL / fast.py"]
-    return f"**{name}: {CONFIGURATIONS[name].about}**\n\n{markdown(header, rows)}"
+    return f"{PHOTO}\n\n{markdown(header, rows)}"
 
 
 def work(config: Config) -> None:
     """What a worker process does."""
-    name = config.configurations[0]
-    folder, c, counts = Path(config.out) / name, CONFIGURATIONS[name], Counts()
-    counts.install(c.vocab)
+    folder, counts, steps = Path(config.out), Counts(), config.rounds + 1
+    counts.install(PHOTO.vocab)
     if config.worker == "peer":
         import trl_peer
 
-        trl_peer.train(folder, c, config.rounds + 1, counts, wait_for_turn, report_step)
+        trl_peer.train(folder, PHOTO, steps, counts, wait_for_turn, report_step)
         return
     if config.worker == "plain":
         fast.enable = lambda model: None
-    run_ours(config.worker, folder, c, config.rounds + 1, counts)
+    run_ours(config.worker, folder, PHOTO, steps, counts)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -334,14 +308,9 @@ def main(argv: list[str] | None = None) -> None:
         return work(config)
     if not importlib.util.find_spec("trl"):
         raise SystemExit("the peer is not installed: pip install trl==1.16.0")
-    out, texts, found = Path(config.out), [], {}
-    for name in config.configurations:
-        found[name] = measure(name, config)
-        texts.append(report(name, found[name]))
-        print(f"\n{texts[-1]}\n", flush=True)
-    write_text(out / "report.md", "\n\n".join(texts) + "\n")
-    write_json(out / "report.json", found)
-    print(f"\nwritten: {config.out}/report.md, report.json")
+    text = report(measure(config))
+    write_text(Path(config.out) / "report.md", text + "\n")
+    print(f"\n{text}\n\nwritten: {config.out}/report.md")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def train(
         save_strategy="no",
         disable_tqdm=True,
         num_generations=c.G,
-        per_device_train_batch_size=c.G * c.groups,
+        per_device_train_batch_size=c.G,
         max_completion_length=c.new,
         generation_kwargs={"min_new_tokens": c.new},
         beta=0.04,

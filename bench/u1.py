@@ -1,7 +1,7 @@
 """Robust-U1 in figures: the tables of docs/dev/recover.md.
 
     python bench/u1.py --jobs 2                                   # both parts -> runs/u1
-    python bench/u1.py --parts recover --seeds 0 --n 64 --grpo="--steps 20"   # a quick look
+    python bench/u1.py --parts recover --seeds 0 --n 64 --more="--steps 20"   # a quick look
 
 recover   What brings the clean picture back? Stage I as it is by default, by other laws of t for
           as many steps (LAWS: plain regression alone, no regression, the paper's own); and for
@@ -74,8 +74,7 @@ class Config:
         tiny.RESTORER, "recover: the restorer after stage I that all start from"
     )
     seeds: list[int] = opt([0, 1, 2], "of Flow-GRPO and its controls; of the fine-tunings")
-    grpo: str = opt("", 'recover: more options for train_recover.py, as --grpo="--lr 1e-5"')
-    sft: str = opt("", "recover: the same, for stage I")
+    more: str = opt("", 'recover: options for train_recover.py, as --more="--steps 20"')
     n: int = opt(512, "recover: held-out damaged scenes", low=1)
     limit: int = opt(0, "reason: answer this many records only; 0: all")
     jobs: int = opt(1, "processes at a time; they share the cores")
@@ -101,10 +100,9 @@ def compare_recoveries(config: Config, out: Path) -> str:
     pairs.load_source("", side)  # drawn once, before several runs ask for it
 
     # 1. train: other laws of t, Flow-GRPO, and its controls
-    sft = ["train_recover.py", *shlex.split(config.sft)]
+    sft = ["train_recover.py", *shlex.split(config.more)]
     more = [*sft, "--model", config.model, "--lr", CONTROL_LR]
-    grpo = ["train_recover.py", "--stage", "grpo", "--model", config.model]
-    grpo += shlex.split(config.grpo)
+    grpo = [*sft, "--stage", "grpo", "--model", config.model]
     tasks = {name: [*sft, *law] for name, law in LAWS.items()}
     for s in config.seeds:
         tasks[f"stage-2-{s}"] = [*grpo, "--seed", s]
@@ -144,14 +142,13 @@ def compare_recoveries(config: Config, out: Path) -> str:
         found["reward"] = report.earned(found)
         found["read"] = read_right(judge, pictures, truth)
         scores[name] = found
-    return recovery_table(scores)
+    return report.table(scores, "stage I", MEASURES)
 
 
 def control_steps(out: Path, seed: int) -> int:
     """Steps of stage I that take as long as the Flow-GRPO run's steps did."""
-    a_step = statistics.median(
-        seconds(out / f"probe-{seed}")[2:]
-    )  # the first ones are slower
+    # the first ones are slower
+    a_step = statistics.median(seconds(out / f"probe-{seed}")[2:])
     return max(1, round(sum(seconds(out / f"stage-2-{seed}")) / a_step))
 
 
@@ -167,26 +164,6 @@ def held_out(n: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
         index += 1
     damaged, clean = zip(*found)
     return to_tensor(damaged), to_tensor(clean), things(drawn)
-
-
-def recovery_table(scores: dict[str, report.Scores]) -> str:
-    """Each row's means, and in brackets the paired difference to the row that it starts from."""
-    rows = []
-    for name, found in scores.items():
-        cells = [f"{found[m].mean():.3f}" for m in MEASURES]
-        if name not in ("damaged", "clean"):
-            before = scores["damaged" if name == "stage I" else "stage I"]
-            gains = report.gain(before, found)
-            cells = [f"{text} ({interval(gains[m])})" for text, m in zip(cells, MEASURES)]
-        rows.append([name, *cells])
-    n = len(scores["damaged"]["ssim"])
-    _, thirds = report.by_damage(scores["damaged"], scores["stage I"], MEASURES)
-    return (
-        f"{n} held-out damaged scenes. In brackets: stage I less damaged, the others less stage I; "
-        "**bold** where that is clear of 0. R = SSIM + 0.2 R_sem.\n\n"
-        f"{markdown(['', *MEASURES.values()], rows)}\n\n"
-        f"Stage I, by how damaged the pictures are:\n\n{thirds}"
-    )
 
 
 # ---------------------------------------------------------------- reason
@@ -205,14 +182,8 @@ def compare_answers(config: Config, out: Path) -> str:
     tasks = {}
     for seed in config.seeds:
         for name, kind in TRAINED.items():
-            ask = [
-                "train_sft.py",
-                "--data",
-                write_shown(out, "train", kind),
-                "--part",
-                "all",
-            ]
-            ask += ["--seed", seed]
+            shown = write_shown(out, "train", kind)
+            ask = ["train_sft.py", "--data", shown, "--part", "all", "--seed", seed]
             tasks[f"{name}-{seed}"] = ask if name.startswith("chain") else [*ask, "--plain"]
     train(config, tasks)
 
@@ -233,11 +204,8 @@ def answers(config: Config, out: Path, folders: dict[str, Path]) -> dict[str, li
     for name, (_, kind, model) in ROWS.items():
         shown = write_shown(Path(config.out), "test", kind)
         ask = ["evaluate.py", "--data", shown, "--limit", config.limit, "--out", out / name]
-        ask += [
-            "--models",
-            f"{name}={folders[name] if model else tiny.BASE}",
-            "--no-table-2",
-        ]
+        model = folders[name] if model else tiny.BASE
+        ask += ["--no-table-2", "--models", f"{name}={model}"]
         plain = [] if name.startswith("chain") else ["--plain", name]
         tasks[f"{out.name}-{name}"] = [*ask, *plain]
     run_all(config, tasks)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rr1 import runtime
@@ -239,46 +238,19 @@ def encode(model, batch: Batch) -> list[Prompt]:
 def prefetch(
     make: Callable[[int], Any], steps: Iterable[int], workers: int = 0
 ) -> Iterator[tuple[int, Any]]:
-    """(step, make(step)) in order, made while earlier ones are used.
-
-    One thread makes the next one. `workers` processes, two steps each, are for pictures that take
-    longer to read than a step takes to compute.
-    """
-    return _by_processes(make, steps, workers) if workers else _by_a_thread(make, steps)
-
-
-def _by_a_thread(make, steps):
-    # The thread computes alone: helpers of its own would go on spinning for a while after each of
+    """(step, make(step)) in order, made by threads while earlier ones are used: by one, or several
+    `workers` for pictures that take longer to read than a step takes to compute."""
+    # A thread computes alone: helpers of its own would go on spinning for a while after each of
     # its operations, on the cores that the training needs.
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead = None
+    ahead: deque[tuple[int, Future]] = deque()
+    workers = max(1, workers)
+    with ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         for step in steps:
-            following = step, pool.submit(make, step)
-            if ahead:
-                yield ahead[0], ahead[1].result()
-            ahead = following
-        if ahead:
-            yield ahead[0], ahead[1].result()
-
-
-def _by_processes(make, steps, workers):
-    def attempt(step):
-        try:
-            return step, make(step), None
-        except Exception as error:  # it goes back as it is, its message whole
-            return step, None, error
-
-    cv2.setNumThreads(
-        1
-    )  # a worker that sets it would wait for threads that were not forked
-    loader = DataLoader(
-        list(steps),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=attempt,
-        multiprocessing_context="fork",
-    )
-    for step, result, error in loader:
-        if error:
-            raise error
-        yield step, result
+            ahead.append((step, pool.submit(make, step)))
+            if len(ahead) > workers:
+                first, made = ahead.popleft()
+                yield first, made.result()
+        for first, made in ahead:
+            yield first, made.result()

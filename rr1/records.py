@@ -25,7 +25,6 @@ import os
 import re
 import sys
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -111,7 +110,7 @@ def read(
     for number, item in enumerate(
         tqdm(records.items, path.name, delay=2, disable=quiet), start=1
     ):
-        if isinstance(item, bytes) and item.isspace():
+        if isinstance(item, bytes) and not item.strip():
             continue
         try:
             found = records.checked(number, item)
@@ -128,27 +127,6 @@ def read(
     return records
 
 
-class Lines(Sequence):
-    """The lines of a file, as bytes. A million of them take 8 MB: where each one starts."""
-
-    def __init__(self, path: Path):
-        self.path, self.starts = path, array("q", [0])
-        for line in self:
-            self.starts.append(self.starts[-1] + len(line))
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __iter__(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            yield from file
-
-    def __getitem__(self, i: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return file.readline()
-
-
 class Records(Sequence):
     """The records of one file, or some of them.
 
@@ -160,13 +138,13 @@ class Records(Sequence):
         if path.is_dir() or path.suffix == ".parquet":
             self.items = Rows(path, folder)
         else:
-            self.items = Lines(path)
-            if self.items[0].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            content = path.read_bytes()
+            self.items = content.splitlines()
+            if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 with named(path):
-                    self.items = _json(path.read_bytes())
-        self.numbers = array(
-            "q"
-        )  # of each record: its line, or its place in the list, from 1
+                    self.items = _json(content)
+        # of each record: its line, or its place in the list, from 1
+        self.numbers: list[int] = []
         self.ids: list[str] = []
         self.bad: list[str] = []
 
@@ -192,7 +170,7 @@ class Records(Sequence):
     def only(self, indices: Sequence[int]) -> Records:
         """These records alone, in this order."""
         part = copy.copy(self)
-        part.numbers = array("q", [self.numbers[i] for i in indices])
+        part.numbers = [self.numbers[i] for i in indices]
         part.ids = [self.ids[i] for i in indices]
         return part
 

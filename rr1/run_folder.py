@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -171,9 +170,8 @@ class RunFolder:
             yield
         except Exception as error:
             step, updates, states = self.done
-            between = updates == updates_of(
-                optimizer
-            )  # the weights are those of a whole step
+            # then the weights are those of a whole step
+            between = updates == updates_of(optimizer)
             alone = self.rt.is_main and not isinstance(model, shard.FSDPModule)
             if between and step and alone:
                 self.rt = Runtime(device=self.rt.device)
@@ -330,14 +328,10 @@ def draw_curves(
     rows: Sequence[Mapping], panels: Mapping[str, Sequence[str]], path: Path, title: str
 ) -> None:
     """Plot rows of metrics over their steps: single steps light, a moving average over them."""
-    points: dict[str, list] = defaultdict(list)  # of each metric, (step, value)
-    for row in rows:
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                points[name].append((row["step"], value))
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
     plots = {}
-    for heading, patterns in (panels or {name: [name] for name in points}).items():
-        shown = [name for name in points if any(fnmatchcase(name, p) for p in patterns)]
+    for heading, patterns in (panels or {name: [name] for name in names}).items():
+        shown = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
         if shown:
             plots[heading] = shown
     columns = min(3, len(plots))
@@ -347,20 +341,15 @@ def draw_curves(
     figure.suptitle(f"{title}, step {rows[-1]['step']}")
     for place, (heading, shown) in enumerate(plots.items(), start=1):
         axes = figure.add_subplot(lines, columns, place)
-        for colour, name in enumerate(shown):
-            steps, values = zip(*points[name])
-            colour = f"C{colour}"
-            axes.plot(
-                steps, values, ".-", color=colour, linewidth=0.6, markersize=3, alpha=0.35
-            )
-            axes.plot(
-                steps, smooth(smooth(values)), color=colour, linewidth=1.8, label=name
-            )
+        for name in shown:
+            there = [row for row in rows if row.get(name) is not None]
+            steps = [row["step"] for row in there]
+            values = [row[name] for row in there]
+            [line] = axes.plot(steps, values, ".-", markersize=3, linewidth=0.6, alpha=0.35)
+            axes.plot(steps, smooth(smooth(values)), color=line.get_color(), label=name)
         axes.set_title(heading, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         if len(shown) > 1:
             axes.legend(fontsize=7, frameon=False)
     files.save_figure(figure, path)

@@ -1,7 +1,7 @@
 """What stands around a training loop, and nothing of the method.
 
     processes    setup, check_even, teardown, barrier, main_first
-                 sum_over_ranks, sum_gradients, broadcast_parameters
+                 sum_over_ranks, sum_gradients
     training     seed_everything, build_optimizer, cosine_with_warmup, update
     logging      Means, Timer
     options      opt, parse_config: a dataclass is the command line
@@ -26,6 +26,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -34,7 +35,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import HfArgumentParser
 
-INF, NAN = math.inf, math.nan
+INF = math.inf
+ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- processes
 
@@ -85,7 +87,7 @@ def setup(seed: int | None = None) -> Runtime:
         # PR_SET_PDEATHSIG: where torchrun is killed, no orphan trains on
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         atexit.register(_end)  # early, so that it runs after a tracker's last upload
     if seed is not None:
@@ -109,12 +111,16 @@ def teardown(rt: Runtime) -> None:
 
 
 def _end() -> None:
-    """End at once a process that has left the others, when all is done and written.
+    """End at once a process that has left the others, when all is done and written. One that was
+    stopped by an error after that keeps its exit status.
 
     Threads of gloo may outlive their group, and now and then they abort an interpreter that takes
     itself apart ("terminate called without an active exception").
     """
-    if not dist.is_initialized():
+    main = sys.modules["__main__"]
+    # SystemExit ends a script before Python takes its file's name away; other errors are noted
+    stopped = main.__spec__ is None and hasattr(main, "__file__")
+    if not dist.is_initialized() and not stopped and not hasattr(sys, "last_value"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -137,15 +143,15 @@ def main_first(rt: Runtime) -> Iterator[None]:
 
 
 def sum_over_ranks(
-    values: Mapping[str, float | torch.Tensor], rt: Runtime, op: Any = dist.ReduceOp.SUM
+    values: Mapping[str, Any], rt: Runtime, op=dist.ReduceOp.SUM
 ) -> dict[str, float]:
-    """Each value summed (or what `op` says) over the ranks, in float64 and in one collective.
+    """Each number summed (or what `op` says) over the ranks, in float64 and in one collective.
 
     All ranks must bring the same names.
     """
     names = sorted(values)
-    numbers = [torch.as_tensor(values[name], dtype=torch.float64).item() for name in names]
-    totals = torch.tensor(numbers, dtype=torch.float64, device=rt.device)
+    totals = [values[name] for name in names]
+    totals = torch.tensor(totals, dtype=torch.float64, device=rt.device)
     if rt.world_size > 1:
         dist.all_reduce(totals, op)
     return dict(zip(names, totals.tolist()))
@@ -167,24 +173,6 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], rt: Runtime) -> None
             total = p.grad.to(torch.promote_types(p.dtype, torch.float32))
             dist.all_reduce(total)
             p.grad.copy_(total)
-
-
-@torch.no_grad()
-def broadcast_parameters(model: torch.nn.Module, rt: Runtime) -> None:
-    """Give every rank the parameters and buffers of rank 0, and say so where they differed."""
-    if rt.world_size == 1:
-        return
-    differed = 0.0
-    for tensor in [*model.parameters(), *model.buffers()]:
-        first = tensor.detach().clone()
-        dist.broadcast(first, src=0)
-        if not torch.equal(first, tensor):
-            differed = 1.0
-            tensor.copy_(first)
-    ranks = sum_over_ranks({"differed": differed}, rt)["differed"]
-    if ranks and rt.is_main:
-        told = f"the weights that {ranks:.0f} process(es) had read differed"
-        print(f"{told}: all go on with those of rank 0", flush=True)
 
 
 # ---------------------------------------------------------------- training
@@ -282,13 +270,14 @@ class Means:
 
     def __init__(self):
         self.totals: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
         self.largest: dict[str, float] = {}
 
     def add(self, name: str, values: Any, count: float | None = None) -> None:
         """Values to be averaged (a number, a list, a tensor); or their sum, of `count` values."""
         values = torch.as_tensor(values, dtype=torch.float64)
-        self.totals["sum " + name] += values.sum().item()
-        self.totals["count " + name] += values.numel() if count is None else float(count)
+        self.totals[name] += values.sum().item()
+        self.counts[name] += values.numel() if count is None else float(count)
 
     def add_largest(self, name: str, value: Any) -> None:
         self.largest[name] = max(self.largest.get(name, -INF), float(value))
@@ -296,10 +285,8 @@ class Means:
     def over_ranks(self, rt: Runtime) -> dict[str, float]:
         """name -> mean (nan: of nothing), or largest. All ranks must have added the same names."""
         totals = sum_over_ranks(self.totals, rt)
-        names = [key.removeprefix("sum ") for key in totals if key.startswith("sum ")]
-        means = {
-            name: totals["sum " + name] / (totals["count " + name] or NAN) for name in names
-        }
+        counts = sum_over_ranks(self.counts, rt)
+        means = {name: total / (counts[name] or math.nan) for name, total in totals.items()}
         return means | sum_over_ranks(self.largest, rt, dist.ReduceOp.MAX)
 
 
@@ -333,11 +320,15 @@ def opt(
 
 
 class _Parser(HfArgumentParser):
-    """Knows the limits of `opt`. An error is one line."""
+    """Knows the limits of `opt`, and spells options with dashes. An error is one line."""
 
     def add_argument(
         self, *names: str, limits: Sequence[float] = (-INF, INF), **options: Any
     ):
+        names = [name for name in names if "_" not in name]
+        if options.pop("const", False):  # a bool: no value follows its name
+            del options["nargs"], options["type"]
+            options["action"] = "store_true"
         action = super().add_argument(*names, **options)
         action.limits = limits
         return action
@@ -359,8 +350,15 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the script's docstring as it was written."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the script's docstring as it was written, and the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default in (None, "", [], argparse.SUPPRESS) or isinstance(default, bool):
+            return action.help
+        shown = str(default).strip("[]").replace(f"{ROOT}/", "")
+        return f"{action.help} (default: {shown})"
 
 
 def parse_config(
@@ -371,7 +369,11 @@ def parse_config(
     `group_size: int` is --group-size N, a bool is --name and --no-name, a list[float] takes one or
     several values, `X | None` is read as X.
     """
-    parser = _Parser(config, description=doc, formatter_class=_Help, allow_abbrev=False)
+    module = sys.modules["__main__"].__spec__  # None: a script, which has its own name
+    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
+    parser = _Parser(
+        config, prog=prog, description=doc, formatter_class=_Help, allow_abbrev=False
+    )
     return config(**vars(parser.parse_args(argv)))
 
 
@@ -387,20 +389,21 @@ class Interrupt:
         self._asked: float | None = None  # when
 
     def __enter__(self) -> Interrupt:
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self._handlers = {number: signal.signal(number, self._handle) for number in signals}
+        self._handlers = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, _) -> None:
         if self._asked is None:
             self._asked = time.monotonic()
-            if (
-                self.rt.is_main
-            ):  # os.write, since a handler may run in the middle of a print
+            if self.rt.is_main:
+                # not by print: a handler may run in the middle of one
                 os.write(2, b"\nending this step, then saving; once more to stop at once\n")
         elif time.monotonic() - self._asked > 1:
             # within a second it is one wish: the terminal's signal, and torchrun's copy of it

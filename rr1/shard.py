@@ -3,6 +3,7 @@
 This is FSDP2, torch's `fully_shard`.
 
     spread     rank 0's weights to all: nobody else reads them
+    broadcast_parameters    the same for a model that is not sharded, and that all have read
     forward    function(model, ..) as a forward pass: a layer is gathered when its turn comes
     gathered   `with gathered(model):` all layers are gathered once, for many passes: sampling
     save_model, load_model, optimizer_state, load_optimizer_state    whole tensors, out and in
@@ -39,7 +40,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from rr1.runtime import Runtime
+from rr1.runtime import Runtime, sum_over_ranks
 
 ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -98,6 +99,27 @@ def spread(module, rt: Runtime) -> None:
         if isinstance(tensor, torch.nn.Parameter):
             fresh = torch.nn.Parameter(fresh, tensor.requires_grad)
         torch.utils.swap_tensors(tensor, fresh)
+
+
+@torch.no_grad()
+def broadcast_parameters(model, rt: Runtime) -> None:
+    """Give every rank the parameters and buffers of rank 0, and say so where they differed."""
+    if rt.world_size == 1:
+        return
+    differed = False
+    for tensor in [*model.parameters(), *model.buffers()]:
+        first = tensor.detach().clone()
+        dist.broadcast(first, src=0)
+        if not torch.equal(first, tensor):
+            differed = True
+            tensor.copy_(first)
+    ranks = sum_over_ranks({"differed": differed}, rt)["differed"]
+    if ranks and rt.is_main:
+        print(
+            f"the weights that {ranks:.0f} process(es) had read differed: "
+            "all go on with those of rank 0",
+            flush=True,
+        )
 
 
 def forward(model, function: Callable, *args: Any, **options: Any) -> Any:
@@ -187,3 +209,8 @@ def load_optimizer_state(model, optimizer: torch.optim.Optimizer, tensors: dict)
     both = {"state": state, "param_groups": groups}
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer, both, options=options)
+    for p, kept in optimizer.state.items():
+        for key, value in kept.items():
+            # a fused step reads parameter and moments in the order in which they lie in memory
+            if value.shape == p.shape and value.stride() != p.stride():
+                kept[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

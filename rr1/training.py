@@ -43,9 +43,7 @@ class Options:
     )
     min_pixels: int = opt(0, "enlarge smaller pictures to this; 0: as the checkpoint says")
     max_pixels: int = opt(0, "reduce larger pictures to this; 0: as the checkpoint says")
-    workers: int = opt(
-        0, "processes that read pictures ahead, in each process; 0: a thread"
-    )
+    workers: int = opt(0, "threads that read pictures ahead, in each process; 0: one")
     # watching
     eval_every: int = opt(0, "steps between looks at held-out records; 0: none")
     eval_data: str = opt("", "their file; empty: the drawn world's test split")
@@ -79,7 +77,7 @@ def load_model(config, rt: Runtime):
     fast.enable(model)  # delete this line and rr1/fast.py, and all still runs
     vlm.freeze_vision(model)
     if not config.shard:
-        runtime.broadcast_parameters(model, rt)
+        shard.broadcast_parameters(model, rt)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, processor

@@ -465,8 +465,8 @@ rr1/data.py
         torch.cat([patches[i] for i in part])
         torch.cat([patches[0] for i in part])
     test_data.py::test_prefetch_keeps_the_order_and_works_ahead
-        following = step, pool.submit(make, step)
-        following = step + 1, pool.submit(make, step)
+        ahead.append((step, pool.submit(make, step)))
+        ahead.append((step + 1, pool.submit(make, step)))
 
 train_recover.py
     test_restorer.py::test_reinforcement_goes_where_the_reward_is
@@ -680,7 +680,7 @@ rr1/groups.py
 
 rr1/training.py
     test_train.py::test_two_nodes_do_what_one_process_does
-        runtime.broadcast_parameters(model, rt)
+        shard.broadcast_parameters(model, rt)
         pass
     test_train.py::test_held_out_answers_are_greedy_and_judged_by_the_rewards
         temperature=0,
@@ -702,13 +702,11 @@ rr1/runtime.py
     test_runtime.py::test_two_processes
         dist.all_reduce(total)
         pass
-        first = tensor.detach().clone()
-        first = tensor.detach()
         seed_everything(seed + rank)
         seed_everything(seed)
         dist.ReduceOp.MAX)
         dist.ReduceOp.SUM)
-        or NAN)
+        or math.nan)
         or 1)
     test_runtime.py::test_three_steps_without_a_finite_gradient_end_a_run
         if math.isfinite(norm):
@@ -767,6 +765,10 @@ rr1/shard.py
         state[name][key] = tensor * 0
         here = tensor.detach().to(rt.device)
         here = tensor.detach().to(rt.device) * 0
+    test_runtime.py::test_two_processes
+        first = tensor.detach().clone()
+        first = tensor.detach()
+    test_shard.py
         layer.set_reshard_after_forward(True)
         pass
 """

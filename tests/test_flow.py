@@ -241,15 +241,6 @@ def test_noise_is_where_the_window_is_and_each_noisy_step_is_recorded_as_it_was(
     torch.testing.assert_close(
         path.x[0], flow.euler(model, draw(8, 4, seed=4), grid[:2]).detach()
     )
-    drawn = {
-        flow.noisy_steps(10, 2, 5, torch.Generator().manual_seed(seed))
-        for seed in range(60)
-    }
-    assert drawn == {range(i, i + 2) for i in range(4)} and flow.noisy_steps(
-        10, 0, 5, torch.Generator()
-    ) == range(10)
-    with pytest.raises(SystemExit, match="--window 6"):
-        flow.noisy_steps(10, 6, 5, torch.Generator())
 
 
 def test_gradient_of_the_whole_loss_against_finite_differences():

@@ -27,7 +27,7 @@ from rr1.u1 import flow, pairs, report, restorer, rewards
 
 SMALL = {
     "sft": "--steps 2 --batch 4 --side 16 --lr 1e-3 --warmup 1",
-    "grpo": "--stage grpo --steps 2 --batch 2 --group-size 4 --sampling-steps 3 --window 0 "
+    "grpo": "--stage grpo --steps 2 --batch 2 --group-size 4 --sampling-steps 3 "
     "--lr 1e-4 --warmup 1",
 }
 both = pytest.mark.parametrize("stage", SMALL)
@@ -360,21 +360,24 @@ def test_a_report_says_how_near_recoveries_come(lab, tmp_path, capsys):
     model = restorer.Restorer.from_pretrained(folder).eval()
     seeds = [seed_for(0, i) for i in range(5)]
     recovered = restorer.recover(model, damaged, seeds, steps=2)
-    found = json.loads((out / "report.json").read_text())
-    assert found["n"] == 5 and list(found["damaged"]) == ["psnr", "ssim", "r_sem"]
+    found = report_rows(out)
     for name, shown in (("damaged", damaged), ("recovered", recovered)):
-        expected = rewards.psnr(shown, clean).mean().item()
-        assert found[name]["psnr"]["value"] == pytest.approx(expected, abs=1e-4)
-    gain = found["gain"]["ssim"]
-    difference = found["recovered"]["ssim"]["value"] - found["damaged"]["ssim"]["value"]
-    assert (
-        gain["value"] == pytest.approx(difference, abs=1e-6) and gain["low"] <= gain["high"]
-    )
+        psnr = rewards.psnr(shown, clean).mean().item()
+        assert found[name][0].startswith(f"{psnr:.3f}")
+    gain = rewards.ssim(recovered, clean).mean() - rewards.ssim(damaged, clean).mean()
+    assert f"{gain.item():+.3f} [" in found["recovered"][1]
     assert cv2.imread(str(out / "strip.png")).shape == (3 * 64, 5 * 64, 3)
     said = capsys.readouterr().out
     assert (
         said.startswith("5 damaged pictures") and (out / "report.txt").read_text() in said
     )
+
+
+def report_rows(out: Path) -> dict[str, list[str]]:
+    """The first table of a report: name of the row -> its cells."""
+    lines = (out / "report.txt").read_text().splitlines()
+    rows = [line.strip("| ").split("|") for line in lines if line.startswith("|")][2:4]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
 
 
 def test_a_report_leaves_undamaged_scenes_out(lab, tmp_path):
@@ -383,8 +386,9 @@ def test_a_report_leaves_undamaged_scenes_out(lab, tmp_path):
     report.main(ask.split())
     damaged, clean = pairs.held_out(pairs.Scenes(16), 64)
     n = int((damaged != clean).flatten(1).any(1).sum())
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert 40 < n < 64 and found["n"] == n and found["damaged"]["psnr"]["high"] < 99
+    said = (tmp_path / "report.txt").read_text()
+    assert 40 < n < 64 and said.startswith(f"{n} damaged pictures")
+    assert float(report_rows(tmp_path)["damaged"][0].split()[0]) < 40
 
 
 def test_a_restorers_weights_go_on_at_another_side(lab, tmp_path, monkeypatch):
@@ -463,8 +467,6 @@ CHANGES = {
         "--seed 1",
         "--lr 2e-3",
         "--warmup 3",
-        "--weight-decay 0.5",
-        "--max-grad-norm 1e-3",
         "--batch 2",
         "--loss eps",
         "--shift 3",
@@ -474,8 +476,6 @@ CHANGES = {
         "--group-size 2",
         "--sampling-steps 2",
         "--noise 0.3",
-        "--window 1 --early 3",
-        "--early 1 --window 1",
         "--shuffle",
         "--reward-weights 0 1",
         "--beta 5",
@@ -501,17 +501,8 @@ ELSEWHERE = {
     "stage, flags", [(stage, flags) for stage in CHANGES for flags in CHANGES[stage]]
 )
 def test_every_flag_changes_something(lab, stage, flags):
-    base = (
-        "--mu 2"
-        if "clip" in flags
-        else "--window 1 --early 3 --seed 2"
-        if "--early 1" in flags
-        else ""
-    )
-    assert not equal(
-        lab.run(stage, base),
-        lab.run(stage, flags + (" --seed 2" if "--early 1" in flags else "")),
-    )
+    base = "--mu 2" if "clip" in flags else ""
+    assert not equal(lab.run(stage, base), lab.run(stage, flags))
 
 
 def test_no_flag_is_forgotten_above():
@@ -581,7 +572,7 @@ def options(stage: str, **others) -> train_recover.Config:
     config = train_recover.Config(
         stage=stage, steps=10, batch=2, lr=2e-3, warmup=1, group_size=4
     )
-    config.sampling_steps, config.early, config.window = 3, 2, 2
+    config.sampling_steps = 3
     for name, value in others.items():
         setattr(config, name, value)
     return config
@@ -666,7 +657,6 @@ def test_reinforcement_goes_where_the_reward_is(monkeypatch):
         ("grpo", "--group-size 1", "--group-size 1: give at least 2"),
         ("grpo", "--sampling-steps 1", "--sampling-steps 1: give at least 2"),
         ("grpo", "--noise 0", "--noise 0.0: give at least"),
-        ("grpo", "--window 3 --early 2", "--window 3 --early 2"),
         ("sft", "--shift 0", "--shift 0.0: give at least"),
         ("sft", "--batch 0", "--batch 0: give at least 1"),
         ("sft", "--side 8", "--side 8: give at least 16"),

@@ -88,7 +88,7 @@ def train(config: Config, rt: runtime.Runtime) -> Net:
     panels = {"loss of the step": ["loss"], "draw": ["draw"]}
     run = run_folder.RunFolder(config, rt, panels, free={"save_every", "pause"})
     net = Net()
-    runtime.broadcast_parameters(net, rt)
+    shard.broadcast_parameters(net, rt)
     optimizer = runtime.build_optimizer(net, config.lr, weight_decay=0.1)
     first = run.load(net, optimizer)
     with runtime.Interrupt(rt) as interrupt, run.kept(net, Processor(), optimizer):
@@ -477,8 +477,8 @@ def check_two_processes(config: Config, rt: runtime.Runtime) -> None:
     ) == {"a": 5.0, "b": 3.0}
 
     net = Net()  # seeded differently
-    runtime.broadcast_parameters(net, rt)
-    runtime.broadcast_parameters(net, rt)  # says nothing: they are the same now
+    shard.broadcast_parameters(net, rt)
+    shard.broadcast_parameters(net, rt)  # says nothing: they are the same now
     sums = {name: p.double().sum().item() for name, p in net.named_parameters()}
     assert runtime.sum_over_ranks(sums, rt) == {
         name: 2 * total for name, total in sums.items()
@@ -671,17 +671,47 @@ def test_help_shows_defaults_and_the_docstring_as_it_is(capsys):
     with pytest.raises(SystemExit):
         runtime.parse_config(Options, ["--help"], "Title\n\n    torchrun  script.py")
     said = capsys.readouterr().out
-    assert (
-        "\n    torchrun  script.py" in said
-        and "50 % of %s (default: x)" in said
-        and "--max-items MAX_ITEMS" in said
+    assert "\n    torchrun  script.py" in said and "{grpo,dapo}" in said
+    assert "50 % of %s (default: x)" in said and "(default: 0.25, 0.5)" in said
+    assert "\n  --max-items MAX_ITEMS\n" in said and "_items" not in said
+    assert "\n  --tree  " in said and "\n  --no-tree  " in said
+    assert "None" not in said and "True" not in said
+
+
+@pytest.mark.parametrize("words", [["train_grpo.py"], ["evaluate.py"], ["-m", "rr1.u1"]])
+def test_help_is_that_of_the_command_and_knows_no_folder_of_this_machine(words):
+    done = subprocess.run(
+        [sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True
     )
-    assert (
-        "(default: [0.25, 0.5])" in said
-        and "--tree [TREE]" in said
-        and "--no-tree" in said
-        and "{grpo,dapo}" in said
-    )
+    prog = "python -m rr1.u1" if words[0] == "-m" else words[0]
+    assert done.stdout.startswith(f"usage: {prog} [-h]")
+    assert str(ROOT) not in done.stdout and "rr1/tiny/" in done.stdout
+    assert not re.search(r"--[a-z]+_|==SUPPRESS==|default: \)", done.stdout)
+
+
+def test_moments_lie_in_memory_as_their_parameters_do():
+    """A fused step takes numbers of both in the order of memory: another order mixes them up."""
+
+    def learner():
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        return net, runtime.build_optimizer(net, 0.1, 0.0)
+
+    def step(net, optimizer, seed):
+        torch.manual_seed(seed)
+        net.weight.grad = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+        net.bias.grad = torch.randn(4)
+        optimizer.step()
+
+    (net, optimizer), (other, again) = learner(), learner()
+    step(net, optimizer, 1)
+    other.load_state_dict(net.state_dict())
+    saved = {name: t.clone() for name, t in shard.optimizer_state(net, optimizer).items()}
+    shard.load_optimizer_state(other, again, saved)
+    assert again.state[other.weight]["exp_avg"].stride() == other.weight.stride()
+    step(net, optimizer, 2)
+    step(other, again, 2)
+    assert torch.equal(net.weight, other.weight) and torch.equal(net.bias, other.bias)
 
 
 def test_three_steps_without_a_finite_gradient_end_a_run(tmp_path, capsys):
@@ -890,6 +920,28 @@ def test_a_process_that_has_left_ends_at_once_but_not_before_others_last_words(
     )
     assert (done.returncode != 0) == fails and done.stdout.count("left") == 2 * (not fails)
     assert fails or "last words of 0" in done.stdout and "last words of 1" in done.stdout
+
+
+END = """
+import atexit, sys
+from rr1 import runtime
+atexit.register(print, "taken apart")
+atexit.register(runtime._end)
+if sys.argv[1] == "3":
+    raise SystemExit(3)
+if sys.argv[1] == "1":
+    raise RuntimeError
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_an_exit_status_after_teardown_is_kept(tmp_path, status):
+    (tmp_path / "end.py").write_text(END)
+    command = [sys.executable, str(tmp_path / "end.py"), str(status)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == status
+    assert ("taken apart" in done.stdout) == (status > 0)
 
 
 if __name__ == "__main__":

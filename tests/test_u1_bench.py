@@ -33,8 +33,8 @@ def pictures_scores(n: int = 30) -> dict[str, dict[str, np.ndarray]]:
 
 
 def test_what_recovery_gains_by_hand():
-    text = u1.recovery_table(pictures_scores())
-    assert "30 held-out damaged scenes" in text
+    text = u1.report.table(pictures_scores(), "stage I", u1.MEASURES)
+    assert "30 damaged pictures" in text
     stage_1, stage_2 = (
         next(line for line in text.splitlines() if line.startswith(f"| {name}"))
         for name in ("stage I ", "stage II, seed 0")

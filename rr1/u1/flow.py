@@ -309,22 +309,3 @@ def flow_grpo_loss(
     )
     penalty = kls.mean(1).sum() / (n_sequences or len(kls))
     return loss + beta * penalty, statistics | {"kl": kls.sum().detach()}
-
-
-def noisy_steps(
-    steps: int,
-    window: int,
-    early: int,
-    generator: torch.Generator,
-) -> range:
-    """Which steps carry noise: all with window 0, else `window` in a row of the first `early`."""
-    if not window:
-        return range(steps)
-    if not 0 < window <= early <= steps:
-        raise SystemExit(
-            f"--window {window} --early {early}: a window of noisy steps must fit into the first "
-            f"--early of {steps} steps"
-        )
-    places = early - window + 1
-    first = int(torch.randint(places, (), generator=generator))
-    return range(first, first + window)

@@ -3,8 +3,8 @@
     python -m rr1.u1.report --restorer runs/recover/model               # held-out scenes
     python -m rr1.u1.report --restorer runs/photos/model --data photos  # crops of photos
 
-writes report.txt, report.json and strip.png (damaged, recovered, clean). Undamaged pictures are
-left out: they would count 100 dB each. Intervals are 95 %, by a bootstrap over pictures.
+writes report.txt and strip.png (damaged, recovered, clean). Undamaged pictures are left out: they
+would count 100 dB each. Intervals are 95 %, by a bootstrap over pictures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rr1 import data, files, runtime, tiny
-from rr1.evaluation.statistics import bootstrap, cell, interval, markdown, paired_difference
+from rr1.evaluation.statistics import interval, markdown, paired_difference
 from rr1.runtime import opt
 from rr1.u1 import pairs, rewards
 from rr1.u1.restorer import Restorer, distance, recover, to_uint8
@@ -37,10 +37,6 @@ class Config:
     steps: int | None = opt(
         None, "Euler steps of a recovery; default: the model's own", low=1
     )
-    recoveries: int | None = opt(
-        None, "the mean of so many; default: the model's own", low=1
-    )
-    gate: float | None = opt(None, "smaller changes are not made; default: the model's own")
     encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
     seed: int = opt(0, "of the noise that recovery starts from")
     out: str = opt("runs/report-recovery", "folder of the report")
@@ -59,20 +55,18 @@ def main(argv: list[str] | None = None) -> None:
     damaged, clean = damaged[changed], clean[changed]
 
     seeds = [data.seed_for(config.seed, i) for i in range(len(damaged))]
-    sampler = (config.steps, config.recoveries, config.gate)
-    recovered = recover(model, damaged, seeds, *sampler).cpu()
+    recovered = recover(model, damaged, seeds, config.steps).cpu()
     encoder = rewards.load_encoder(config.encoder, device)
     before = measure(damaged, clean, encoder)
     after = measure(recovered, clean, encoder)
-    result, text = report(before, after)
+    text = table({"damaged": before, "recovered": after}, "recovered")
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / "report.txt", text + "\n")
-    files.write_json(out / "report.json", result)
     picture = strip(damaged[:10], recovered[:10], clean[:10])
     files.write_bytes(out / "strip.png", picture)
-    print(f"{text}\n\nwritten: {out}/report.txt, report.json, strip.png")
+    print(f"{text}\n\nwritten: {out}/report.txt, strip.png")
 
 
 def measure(
@@ -129,62 +123,54 @@ def to_png(image: np.ndarray) -> bytes:
     return png.tobytes()
 
 
-def report(before: Scores, after: Scores) -> tuple[dict, str]:
-    """Scores of the damaged and of the recovered pictures -> all estimates, and tables."""
-    n = len(before["ssim"])
-    thirds, by_third = by_damage(before, after)
-    result = {
-        "n": n,
-        "damaged": means(before),
-        "recovered": means(after),
-        "gain": gain(before, after),
-        "by_damage": thirds,
-    }
-    rows = [
-        ["damaged", *map(cell, result["damaged"].values())],
-        ["recovered", *map(cell, result["recovered"].values())],
-        ["recovered less damaged", *map(interval, result["gain"].values())],
-    ]
-    table = markdown(["", *(TITLES[m] for m in before)], rows)
-    return result, (
-        f"{n} damaged pictures; **bold**: the interval is clear of 0\n\n{table}\n\n"
-        f"The gain by how damaged they are:\n\n{by_third}"
+def table(
+    scores: dict[str, Scores],
+    first: str,
+    titles: dict[str, str] = TITLES,
+) -> str:
+    """The rows' means, and in brackets paired differences: of the row `first` to the damaged
+    pictures, of the others to `first`. Then the gain of `first` by how damaged they are."""
+    rows = []
+    for name, found in scores.items():
+        cells = [f"{found[m].mean():.3f}" for m in titles]
+        if name not in ("damaged", "clean"):
+            before = scores["damaged" if name == first else first]
+            cells = [f"{mean} ({gain})" for mean, gain in zip(cells, gains(before, found))]
+        rows.append([name, *cells])
+    damaged = scores["damaged"]
+    return (
+        f"{len(damaged['ssim'])} damaged pictures. In brackets: {first} less damaged, the others "
+        f"less {first}; **bold** where that is clear of 0.\n\n"
+        f"{markdown(['', *titles.values()], rows)}\n\n"
+        f"{first}, by how damaged they are:\n\n{by_damage(damaged, scores[first], titles)}"
     )
 
 
-def means(scores: Scores) -> dict[str, dict]:
-    """The mean of each measure."""
-    return {m: bootstrap(values)._asdict() for m, values in scores.items()}
-
-
-def gain(before: Scores, after: Scores) -> dict[str, dict]:
+def gains(before: Scores, after: Scores) -> list[str]:
     """How much more each measure is after than before, paired by picture."""
-    gains = {}
+    found = []
     for m in before:
         difference = paired_difference((after[m], None), (before[m], None))
-        gains[m] = difference._asdict()
-    return gains
+        found.append(interval(difference._asdict()))
+    return found
 
 
 def by_damage(
     before: Scores,
     after: Scores,
-    titles: dict[str, str] = TITLES,
-) -> tuple[dict, str]:
-    """The gain in each third of the pictures by the SSIM of the damaged one, and a table of it."""
-    result, rows = {}, []
+    titles: dict[str, str],
+) -> str:
+    """The gain in each third of the pictures by the SSIM of the damaged one."""
+    rows = []
     order = np.argsort(before["ssim"], kind="stable")
     for name, third in zip(THIRDS, np.array_split(order, 3)):
         was = {m: values[third] for m, values in before.items()}
         now = {m: values[third] for m, values in after.items()}
-        result[name] = gain(was, now)
-        cells = []
-        for m, found in result[name].items():
-            found["damaged"] = float(was[m].mean())
-            cells.append(f"{found['damaged']:.3f}, {interval(found)}")
+        both = zip(was.values(), gains(was, now))
+        cells = [f"{values.mean():.3f}, {gain}" for values, gain in both]
         rows.append([name, *cells])
     header = [f"{title}: damaged, gain" for title in titles.values()]
-    return result, markdown(["", *header], rows)
+    return markdown(["", *header], rows)
 
 
 if __name__ == "__main__":
