@@ -53,6 +53,7 @@ from rr1 import (
     training,
     vlm,
 )
+from rr1.advantages import ADVANTAGES
 from rr1.groups import Group, measure, sampler_gap, to_read, to_text
 from rr1.runtime import opt
 
@@ -77,7 +78,7 @@ class Config(training.Options):
         [], "one for each reward; empty: 1 each, Eq. (9)", low=-1e9
     )
     advantage: str = opt(
-        "grpo", "from rewards to advantages; grpo: Eq. (10)", [*grpo.ADVANTAGES]
+        "grpo", "from rewards to advantages; grpo: Eq. (10)", [*ADVANTAGES]
     )
     loss: str = opt(
         "grpo", "mean over responses, as if all were longest, or tokens", grpo.LOSSES
@@ -182,13 +183,10 @@ def main(argv: list[str] | None = None) -> None:
                     )
                     group.rewards.append(R)
                     group.terms.append(terms)
-            R = torch.tensor(
-                [group.rewards for group in groups], dtype=torch.float64
-            )  # (B, G)
+            weighted = weighted_terms(groups, config)  # (B, G, K)
 
             # 3. advantage
-            # (B, G)
-            A = grpo.ADVANTAGES[config.advantage](weighted_terms(groups, config))
+            A = ADVANTAGES[config.advantage](weighted)  # (B, G)
             for group, advantages in zip(groups, A.float().to(rt.device)):
                 group.advantages = advantages
 
@@ -209,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             timer.lap("update")
 
             # 6. log
-            measure(means, groups, R)
+            measure(means, groups, weighted.sum(-1))
             metrics = means.over_ranks(rt) | look(step + 1) | timer.seconds
             metrics |= {"grad_norm": norm, "lr": rate}
             tokens = metrics.pop("tokens") * config.prompts * config.group_size
@@ -243,9 +241,8 @@ def load_prompts(config: Config, processor, policy, chosen: list[dict]) -> data.
 def weighted_terms(groups: list[Group], config: Config) -> Tensor:
     """(B, G, K): each response's K rewards, weighted; their sum is R."""
     values = [[list(terms.values()) for terms in group.terms] for group in groups]
-    return torch.tensor(values, dtype=torch.float64) * torch.tensor(
-        config.reward_weights or 1.0
-    )
+    weights = torch.tensor(config.reward_weights or 1.0, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64) * weights
 
 
 def load_step(

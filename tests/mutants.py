@@ -320,6 +320,22 @@ rr1/grpo.py
         mask.sum(dim=1, keepdim=True).clamp(min=1)
         mask.sum(dim=1, keepdim=True)
 
+rr1/advantages.py
+    test_grpo.py::test_other_advantages
+        * G / max(1, G - 1)
+        * G
+        group_advantages(term) for term
+        group_advantages(term, False) for term
+        R / share - 1
+        R - share
+        R.argmax(
+        R.argmin(
+        terms.sum(-1), scale_by_std=False
+        terms.sum(-1), scale_by_std=True
+    test_grpo.py::test_a_group_of_equal_rewards_has_no_advantage_by_any_rule
+        * (R.amax(1, keepdim=True) > R.amin(1, keepdim=True))
+        * 1
+
 rr1/rewards.py
     test_rewards.py::test_a_response_can_be_copied_and_pickled
         return str(self), self.length, self.truncated
@@ -647,8 +663,8 @@ train_grpo.py
         gap.max()
         gap.min()
     test_train.py::test_every_flag_changes_something[grpo --advantage rloo]
-        grpo.ADVANTAGES[config.advantage](
-        grpo.ADVANTAGES["grpo"](
+        ADVANTAGES[config.advantage](
+        ADVANTAGES["grpo"](
     test_train.py::test_two_processes_do_what_one_does
         range(rt.rank, config.prompts, rt.world_size)
         range(0, config.prompts, rt.world_size)
