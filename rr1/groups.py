@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rr1 import rewards
-from rr1.chain import is_well_formed
+from rr1.chain import Chain, is_well_formed, render
 from rr1.rollout import Rollout
 from rr1.runtime import Means
 from rr1.vlm import Processor, Prompt
@@ -30,6 +30,12 @@ class Group:
     rewards: list[float] = field(default_factory=list)  # R, Eq. (9)
     terms: list[dict[str, float]] = field(default_factory=list)  # its parts, unweighted
     advantages: Tensor | None = None  # A, Eq. (10), (G,)
+
+
+def damage_of(record: dict) -> str | None:
+    """The true TYPE section of a record that holds labels alone."""
+    true = record.get("degradations")
+    return None if true is None else render(Chain(true)).splitlines()[0]
 
 
 def to_text(r: Rollout, processor: Processor) -> rewards.Response:
@@ -66,7 +72,7 @@ def to_read(groups: list[Group]) -> list[dict]:
             row = {
                 "id": group.record["id"],
                 "image": group.record["image"],
-                "truth": group.record["response"],
+                "truth": group.record["response"] or damage_of(group.record),
                 "response": y,
                 "reward": group.rewards[i],
                 **group.terms[i],

@@ -83,5 +83,9 @@ def checkpoint(processor, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory):
-    """A drawn world of 48 training and 16 test records."""
-    return world.write(tmp_path_factory.mktemp("world"), train=48, test=16)
+    """48 training and 16 test records of a held-out world, so that all of them have chains."""
+    folder = world.write(tmp_path_factory.mktemp("world"), train=1, test=64)
+    lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:48]))
+    (folder / "test.jsonl").write_text("".join(lines[48:]))
+    return folder

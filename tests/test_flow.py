@@ -339,12 +339,12 @@ def test_the_semantic_reward_of_known_features(pictures):
         is_clean = [any(torch.equal(picture, c) for c in clean) for picture in x]
         return torch.tensor([[1.0, 0.0] if found else [0.6, 0.8] for found in is_clean])
 
-    assert rewards.r_sem(damaged[:1], clean[:1], encoder).item() == pytest.approx(
+    assert rewards.r_sem(damaged[2:3], clean[2:3], encoder).item() == pytest.approx(
         math.exp(-5 * 0.4), rel=1e-5
     )
     assert rewards.r_sem(clean, clean, encoder).tolist() == [1] * 4
     assert rewards.r_sem(
-        damaged[:1], clean[:1], encoder, alpha=1.0
+        damaged[2:3], clean[2:3], encoder, alpha=1.0
     ).item() == pytest.approx(math.exp(-0.4), rel=1e-5)
 
 

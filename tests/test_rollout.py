@@ -58,8 +58,11 @@ def forced(model, bias):
 # ---------------------------------------------------------------- against generate and scorer
 
 
-def test_greedy_equals_generate_token_for_token(model, processor):
+def test_greedy_equals_generate_token_for_token(processor, way):
     """200 prompts in one batch; some responses end their turn early, some are cut off."""
+    model = random_model(processor.tokenizer, seed=7, hidden=192).double()
+    way(model)
+    vlm.freeze_vision(model)
     batch = batch_of(processor, 200)
     groups = rollout.sample_group(
         model, data.encode(model, batch), 1, range(200), temperature=0, **options(processor)

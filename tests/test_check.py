@@ -1,0 +1,46 @@
+"""The exercises' judge: the library's functions pass; a wrong one is shown where it is wrong."""
+
+import numpy as np
+import pytest
+import torch
+
+from rr1.check import EQUATIONS, check
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_right_function_is_right(name, capsys):
+    assert check(name, EQUATIONS[name][1])
+    assert capsys.readouterr().out == f"{name}: right on 200 random cases\n"
+
+
+def std_of_a_sample(R):
+    return (R - R.mean(1, keepdim=True)) / R.std(1, keepdim=True)
+
+
+WRONG = {
+    "Eq. 6": lambda named, true: float(len(named) - len(true)),
+    "Eq. 6, as printed": lambda named, true: 0.0,
+    "Eq. 8": lambda length, right: 1 - abs(length - right) / max(1, length),
+    "Eq. 10": std_of_a_sample,
+    "clip": lambda ratio, A, clip: ratio.clamp(1 - clip, 1 + clip) * A,
+    "KL": lambda logp, logp_ref: logp - logp_ref,
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_a_wrong_function_is_shown_where_it_is_wrong(name, capsys):
+    assert not check(name, WRONG[name])
+    said = capsys.readouterr().out
+    assert (
+        said.startswith(f"{name}: not yet. Given ") and "yours" in said and "right" in said
+    )
+
+
+def test_a_number_in_place_of_a_table_is_wrong():
+    assert not check("Eq. 10", lambda R: torch.zeros(()))
+    assert not check("KL", lambda logp, logp_ref: np.zeros(3))
+
+
+def test_an_unknown_equation_is_refused():
+    with pytest.raises(ValueError, match="unknown equation 'Eq. 99'; there are Eq. 6, "):
+        check("Eq. 99", abs)
