@@ -821,7 +821,8 @@ def test_held_out_answers_are_greedy_and_judged_by_the_rewards(lab, no_plots, sc
     assert looks[-1]["eval/reward/len"] == pytest.approx(sum(r_len) / 7, abs=1e-9)
     assert looks[-1]["eval/f1"] == pytest.approx(2 * pairs / named)
     assert looks[-1]["eval/accuracy"] == sum(answers) / len(answers)
-    assert looks[0]["eval/reward/len"] != looks[-1]["eval/reward/len"]
+    if script == "sft":  # two steps of GRPO need not change a greedy answer
+        assert looks[0]["eval/reward/len"] != looks[-1]["eval/reward/len"]
 
 
 def test_right_answers_are_counted_by_the_total_intensity(processor):
