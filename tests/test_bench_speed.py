@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TURN = """
 import sys, grpo
 grpo.PHOTO = grpo.Setting(G=4, text=40, new=8, width=112, height=112, hidden=192, head=48,
-                          layers=2, vocab=710)
+                          layers=2, vocab=730)
 if sys.argv[1] == "inputs":
     grpo.write_inputs(grpo.Path(sys.argv[2]), grpo.PHOTO, 2)
 else:

@@ -37,7 +37,7 @@ def test_a_notebook_was_run_whole_from_a_clean_kernel(path):
     assert path.stat().st_size < 2_000_000
     for output in outputs:
         lines = "".join(output.get("text", [])).splitlines()
-        assert len(lines) <= 40 and all(len(line) <= 130 for line in lines), (
+        assert len(lines) <= 40 and all(len(line) <= 170 for line in lines), (
             "output that overflows the page"
         )
 

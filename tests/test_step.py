@@ -123,8 +123,8 @@ def objective(logps, old, reference, advantage: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     "loss, flags, longest",
     [
-        ("grpo", "", 80),
-        ("dr_grpo", "", 80),
+        ("grpo", "", 160),
+        ("dr_grpo", "", 160),
         ("dapo", "--mask-truncated", 12),
     ],
 )
@@ -150,7 +150,7 @@ def test_the_gradients_of_the_second_step(
     chosen = [found[i] for i in data.batch_indices(len(found), 3, 1, seed=0)]
     rollouts, A = [], []
     for record, group in zip(chosen, seen.sampled[1], strict=True):
-        true_length = len(processor.tokenizer(record["response"])["input_ids"])
+        true_length = data.true_length(record, processor)
         earned = []
         for r in group:
             ended = r.ids[-1] == processor.end_id
