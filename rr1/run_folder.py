@@ -328,7 +328,10 @@ def draw_curves(
     rows: Sequence[Mapping], panels: Mapping[str, Sequence[str]], path: Path, title: str
 ) -> None:
     """Plot rows of metrics over their steps: single steps light, a moving average over them."""
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    names: list[str] = []  # of what has a value anywhere
+    for row in rows:
+        drawn = [name for name, value in row.items() if value is not None]
+        names += [name for name in drawn if name not in ("step", *names)]
     plots = {}
     for heading, patterns in (panels or {name: [name] for name in names}).items():
         shown = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]

@@ -835,6 +835,7 @@ def test_curves(tmp_path, monkeypatch):
             {
                 "loss": 1 / step,
                 "part/a": float("nan") if step % 2 else step,
+                "part/never": float("nan"),
                 **({"part/b": 3} if step == 7 else {}),
             },
             "",
