@@ -1,6 +1,8 @@
 """The notebooks as they are committed: run from top to bottom without a complaint, small, in the
 agreed form. `.ci/run` executes them."""
 
+import ast
+import builtins
 import json
 import re
 from pathlib import Path
@@ -61,3 +63,32 @@ def test_a_notebook_keeps_to_the_form(path):
         assert {int(n) for n in re.findall(r"\\tag\{(\d+)\}", "".join(prose))} == set(
             range(first, last + 1)
         )
+
+
+def names(source: str) -> tuple[set[str], set[str]]:
+    """Names that a piece of code defines, and names that it reads."""
+    found: tuple[set[str], set[str]] = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            found[isinstance(node.ctx, ast.Load)].add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[0].add(node.name)
+        elif isinstance(node, ast.alias):
+            found[0].add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.arg):
+            found[0].add(node.arg)
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_solution_uses_what_the_notebook_has(path):
+    """Each name that a solution reads is Python's, the notebook's or its own."""
+    known = set(dir(builtins))
+    for cell in cells(path, "code"):
+        lines = "".join(cell["source"]).splitlines()
+        known |= names("\n".join(line for line in lines if not line.startswith("%")))[0]
+    prose = "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    solutions = re.findall(r"Solution</summary>\s*```python\n(.*?)```", prose, re.DOTALL)
+    for solution in solutions:
+        defined, read = names(solution)
+        assert read <= known | defined, sorted(read - known - defined)
