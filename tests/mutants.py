@@ -629,8 +629,8 @@ train_grpo.py
     test_step.py::test_the_gradients_of_the_second_step
         group.advantages = advantages
         group.advantages = -advantages
-        zip(groups, A):
-        zip(groups, A.flip(1)):
+        zip(groups, A.float()
+        zip(groups, A.flip(1).float()
         beta=config.beta,
         beta=2 * config.beta,
         whole = [not r.truncated for

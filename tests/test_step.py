@@ -148,7 +148,7 @@ def test_the_gradients_of_the_second_step(
     # what was sampled for which record, and what it earned
     found = records.read(two_sizes)
     chosen = [found[i] for i in data.batch_indices(len(found), 3, 1, seed=0)]
-    rollouts, A = [], []
+    rollouts, A, paid = [], [], []
     for record, group in zip(chosen, seen.sampled[1], strict=True):
         true_length = data.true_length(record, processor)
         earned = []
@@ -158,7 +158,12 @@ def test_the_gradients_of_the_second_step(
             text = processor.tokenizer.decode(r.ids)
             earned.append(reward(record, text, len(r.ids) - ended, true_length))
         A += advantages(earned)
+        paid += earned
         rollouts += [(record, r) for r in group]
+    lines = (tmp_path / "run/rollouts.jsonl").read_text().splitlines()
+    second = [row for row in map(json.loads, lines) if row["step"] == 2]
+    told = [row["reward"] for row in second]
+    assert told == pytest.approx(paid[: len(told)], abs=1e-4) and len(told) >= 4
     counted = [not (r.truncated and "mask" in flags) for _, r in rollouts]
     if flags:
         assert 0 < sum(counted) < len(counted), "some responses must be cut off"
