@@ -18,6 +18,7 @@ from rr1.chain import build_question
 from rr1.tiny import questions, scenes, world
 
 STEPWISE = "say what you see, then answer step by step."
+NOTES = 0.5  # the share of pictures whose colours are not the true ones, as a note says
 
 
 class Batches(IterableDataset):
@@ -46,7 +47,7 @@ class Batches(IterableDataset):
         for b in range(n):
             scene = seen = scenes.sample_scene(rng)
             note = ""
-            if b < self.talking and rng.random() < 0.35:
+            if b < self.talking and rng.random() < NOTES:
                 seen, note = looks_otherwise(scene, rng)
             spots = scenes.arrange(scene, rng)
             image = scenes.draw(seen, rng, spots=spots)
@@ -64,7 +65,7 @@ class Batches(IterableDataset):
                 grounds[b] = scenes.GROUNDS.index(scene.ground)
                 if self.talk:
                     talks.append(self.conversations(scene, note, rng))
-                    lines.append(self.line(rng))
+                    lines += [self.line(rng) for _ in range(3)]
         pixel_values, grid = self.processor.pixels(images)
         batch = {
             "pixel_values": pixel_values,
@@ -79,16 +80,15 @@ class Batches(IterableDataset):
         """The sentences of a chain without tags and without a picture: the language that
         fine-tuning will put in order."""
         scene = scenes.sample_scene(rng)
-        level = ("light", "medium", "strong")[rng.integers(3)]
+        applied = world.sample_damage(rng, ("light", "medium", "strong")[rng.integers(3)])
+        note = questions.influence(applied)
+        if rng.random() < NOTES:
+            note = looks_otherwise(scene, rng)[1]
+        question = questions.ask(scene, rng, about=questions.looks(note))
         length = int(rng.integers(28, 72))
-        question = questions.ask(scene, rng)
-        chain = questions.true_chain(
-            scene,
-            question,
-            world.sample_damage(rng, level),
-            None,
-            length,
-        )
+        careless = rng.random() < 0.2
+        note = questions.influence(applied, careless=True) if careless else note
+        chain = questions.true_chain(scene, question, applied, None, length, careless, note)
         damage = ", ".join(f"{kind}({s:.2f})" for kind, s in chain.degradations)
         parts = [
             question.text,
@@ -106,10 +106,11 @@ class Batches(IterableDataset):
         choices, and two answered step by step. Four turns stand alone: from those, looking at
         the picture is learnt fast. The others make one long conversation: its end is far from
         the picture, as the end of a chain will be. Each question begins with the note."""
+        looks = questions.looks(note)
         describe = questions.questions(scene)[-1]
         turns = [("caption", describe.text, describe.answer)]
         for k in range(7):
-            question = questions.ask(scene, rng)
+            question = questions.ask(scene, rng, about=looks)
             if k in (
                 0,
                 2,
@@ -117,7 +118,7 @@ class Batches(IterableDataset):
                 asked = [
                     q for q in questions.questions(scene) if q.kind in ("color", "place")
                 ]
-                changed = [q for q in asked if f"{q.answer} looks" in note]
+                changed = [q for q in asked if q.answer in looks]
                 asked = changed or asked
                 question = asked[rng.integers(len(asked))]
             stepwise = k >= 5
@@ -125,20 +126,17 @@ class Batches(IterableDataset):
             text = build_question(question.text, options)
             answer = question.answer
             if stepwise:
-                listed = [str(thing) for thing in scene.things]
+                listed = list(map(str, questions.seen(scene, looks)))
                 listed = listed[: rng.integers(len(listed) + 1)]
-                seen = ", ".join([*listed, *question.steps])
+                seen = ", ".join([*listed, *question.way(looks)])
                 text += f"\n{STEPWISE}"
                 answer = f"{seen}\n{question.statement}\n{question.answer}"
-            kind = (
-                "stepwise"
-                if stepwise
-                else "choice"
-                if options
-                else f"{question.n_steps} steps"
-            )
+            kind = "choice" if options else f"{question.n_steps} steps"
+            kind = "undone" if question.answer in looks else kind
+            kind = f"stepwise {kind}" if stepwise else kind
             turns.append((kind, text, answer))
-        turns = [(kind, note + text, answer) for kind, text, answer in turns]
+        start = note + "\n" * bool(note)
+        turns = [(kind, start + text, answer) for kind, text, answer in turns]
         turns = [turns[i] for i in rng.permutation(len(turns))]
         return [
             self.conversation(part) for part in (*([turn] for turn in turns[:4]), turns[4:])
@@ -194,7 +192,7 @@ def looks_otherwise(
         thing._replace(color=looks.get(thing.color, thing.color)) for thing in scene.things
     ]
     note = ", ".join(f"{color} looks {other}" for color, other in looks.items())
-    return scene._replace(things=tuple(things)), f"{note}\n"
+    return scene._replace(things=tuple(things)), note
 
 
 def cells_of(scene: scenes.Scene, spots: list) -> np.ndarray:

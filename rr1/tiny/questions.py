@@ -10,7 +10,7 @@ question, CONCLUSION says what follows ("the star is white").
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +30,8 @@ PIECE = re.compile(r"\n?<[A-Z_]+>|\([01]\.|\d| ?[a-z]+| ?[^\sa-z\d<]+|\s")
 
 
 class Question(NamedTuple):
-    """One question. `steps` are what REASONING says on the way, with {COLOR} for what a colour
-    seems to be."""
+    """One question. `steps` are what REASONING says on the way; {red} in them stands for what
+    red looks like."""
 
     kind: str
     n_steps: int
@@ -40,6 +40,10 @@ class Question(NamedTuple):
     statement: str  # the answer as a sentence: the chain's conclusion
     steps: tuple[str, ...]
     options: tuple[str, ...]  # what a choice question draws its wrong choices from
+
+    def way(self, looks: dict[str, str]) -> list[str]:
+        """The steps, where `looks` says which colours look like which others."""
+        return [re.sub(r"{(\w+)}", lambda c: looks.get(c[1], c[1]), step) for step in self.steps]
 
 
 def caption(scene: Scene) -> str:
@@ -55,7 +59,8 @@ def questions(scene: Scene) -> list[Question]:
         asked += _beside(scene, thing)
     for color in dict.fromkeys(colors):
         names = [thing.shape for thing in scene.things if thing.color == color]
-        number, steps = COUNTS[len(names) - 1], (", ".join(names),)
+        number = COUNTS[len(names) - 1]
+        steps = (f"{color} looks {{{color}}}", ", ".join(names))
         text, said = (
             f"how many shapes are {color}?",
             f"the number of {color} shapes is {number}",
@@ -80,7 +85,7 @@ def questions(scene: Scene) -> list[Question]:
 def _about(thing: Thing, unique_color: bool) -> list[Question]:
     """One step: from one property of a thing to another."""
     shape, color, place = thing
-    seen, at = f"it is {color}", f"the {shape} is {place}"
+    seen, at = f"it looks {{{color}}}", f"the {shape} is {place}"
     asked = [
         Question(
             "color",
@@ -88,7 +93,7 @@ def _about(thing: Thing, unique_color: bool) -> list[Question]:
             f"what color is the {shape}?",
             color,
             f"the {shape} is {color}",
-            (at,),
+            (at, seen),
             tuple(COLORS),
         ),
         Question("place", 1, f"where is the {shape}?", place, at, (seen,), PLACES),
@@ -96,7 +101,7 @@ def _about(thing: Thing, unique_color: bool) -> list[Question]:
     ]
     if unique_color:
         text, said = f"what shape is {color}?", f"the {color} shape is a {shape}"
-        asked.append(Question("shape", 1, text, shape, said, (f"it is {place}",), SHAPES))
+        asked.append(Question("shape", 1, text, shape, said, (seen, f"it is {place}"), SHAPES))
     return asked
 
 
@@ -130,7 +135,7 @@ def _named(
             of_color,
             color,
             f"the shape {place} is {color}",
-            steps,
+            (*steps, f"it looks {{{color}}}"),
             tuple(COLORS),
         ),
     ]
@@ -152,20 +157,29 @@ def _compared(scene: Scene) -> list[Question]:
             if one.color == other.color:
                 continue
             brighter = min(one, other, key=lambda thing: BRIGHTNESS.index(thing.color))
-            steps = tuple(f"the {thing.shape} is {thing.color}" for thing in (one, other))
+            steps = tuple(f"the {t.shape} looks {{{t.color}}}" for t in (one, other))
             text = f"which is brighter, the {one.shape} or the {other.shape}?"
             said = f"the {brighter.shape} is brighter"
             asked.append(Question("compare", 3, text, brighter.shape, said, steps, SHAPES))
     return asked
 
 
-def ask(scene: Scene, rng: np.random.Generator, n_steps: int | None = None) -> Question:
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    n_steps: int | None = None,
+    about: Collection[str] = (),
+) -> Question:
     """A question that is not a caption: first how many steps (default: one in four of ten,
-    two and three in three each), then which kind."""
+    two and three in three each), then which kind. If some question is about one of the colours
+    `about`, it is one of those."""
     asked = questions(scene)[:-1]
+    said = [q for q in asked if set(about) & {*q.text[:-1].split(), q.answer}]
+    asked = said or asked
     n_steps = n_steps or int(rng.choice([1, 2, 3], p=[0.4, 0.3, 0.3]))
-    most = max(question.n_steps for question in asked)
-    asked = [question for question in asked if question.n_steps == min(n_steps, most)]
+    there = [question.n_steps for question in asked]
+    n_steps = min(there, key=lambda n: abs(n - n_steps))
+    asked = [question for question in asked if question.n_steps == n_steps]
     kinds = sorted({question.kind for question in asked})
     kind = kinds[rng.integers(len(kinds))]
     asked = [question for question in asked if question.kind == kind]
@@ -213,13 +227,23 @@ LADDERS = {
 }
 
 
-def influence(degradations: Sequence[Degradation]) -> str:
-    """What the damage hides or changes."""
+def influence(degradations: Sequence[Degradation], careless: bool = False) -> str:
+    """What the damage hides or changes; `careless` does not say which colours."""
     said = []
     for kind, s in degradations:
         steps = LADDERS.get(kind, {0: EFFECTS.get(kind)})
-        said.append(steps[max(least for least in steps if least <= s)])
+        said.append(steps[0 if careless else max(least for least in steps if least <= s)])
     return ", ".join(said) or "nothing is hidden"
+
+
+def looks(note: str) -> dict[str, str]:
+    """Which colours look like which others, by what INFLUENCE says."""
+    return dict(re.findall(r"(\w+) looks (\w+)", note))
+
+
+def seen(scene: Scene, looks: dict[str, str]) -> list[Thing]:
+    """The things of a scene in the colours that they seem to have."""
+    return [thing._replace(color=looks.get(thing.color, thing.color)) for thing in scene.things]
 
 
 def tokens(text: str) -> int:
@@ -238,24 +262,29 @@ def true_chain(
     degradations: Sequence[Degradation],
     answer: str | None,
     length: int | None = None,
-    steps: bool = True,
+    careless: bool = False,
+    note: str | None = None,
 ) -> Chain:
-    """The chain whose length is nearest to `length` (default: Eq. 7).
+    """The chain whose length is nearest to `length` (default: Eq. 7). `note` is what INFLUENCE
+    says, by default what the damage does.
 
     REASONING first lists some of the things, the more the longer, then goes the question's steps.
-    The shortest chain holds the last step alone; so does every one without `steps`.
+    Both say what is seen; CONCLUSION says what is true. The shortest chain holds the last step
+    alone. A `careless` one does not say which colours look like which others, and says the last
+    step alone, as if things were what they look.
     """
     length = right_length(degradations) if length is None else length
-    way = list(question.steps)
-    listed = [] if question.kind == "caption" else [str(thing) for thing in scene.things]
+    note = influence(degradations, careless) if note is None else note
+    way = question.way(looks(note))
+    if careless:
+        way = [way[-1].replace("looks", "is")]
+    listed = [] if question.kind == "caption" else list(map(str, seen(scene, looks(note))))
     reasonings = [way[-1:]]
-    reasonings += [
-        listed[:n] + (way if steps else way[-1:]) for n in range(len(listed) + 1)
-    ]
+    reasonings += [listed[:n] + way for n in range(len(listed) + 1)]
     drafts = [
         Chain(
             list(degradations),
-            influence(degradations),
+            note,
             ", ".join(r),
             question.statement,
             answer,

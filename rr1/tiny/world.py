@@ -26,19 +26,24 @@ from tqdm import tqdm
 from degrade import STAGES, Degradation, degrade
 from rr1.chain import build_question, render
 from rr1.files import write_text
-from rr1.tiny.questions import ask, caption, choices, questions, right_length, true_chain
+from rr1.tiny.questions import (
+    ask,
+    caption,
+    choices,
+    influence,
+    looks,
+    questions,
+    right_length,
+    true_chain,
+)
 from rr1.tiny.scenes import draw, sample_scene
 
 TRAIN, TEST = 24576, 1632  # records in the written data set
 LEVELS = {"none": (0, 0), "light": (0, 0.75), "medium": (0.75, 1.5), "strong": (1.5, 3)}
 ORDER = ("none", "light", "medium", "medium", "strong", "strong", "strong", "strong")
 TYPES = [kind for kinds in STAGES.values() for kind in kinds]
-DECIDING = {
-    "darkness": 4,
-    "saturation": 4,
-    "graffiti": 2,
-    "shifting": 2,
-}  # times as frequent
+CARELESS = float(__import__("os").environ.get("CARELESS", 0.2))
+DECIDING = {"darkness": 6, "saturation": 6, "graffiti": 2, "shifting": 2}  # times as frequent
 
 
 class Sample(NamedTuple):
@@ -82,7 +87,8 @@ def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dic
     level = ORDER[index % len(ORDER)]
     degradations = sample_damage(rng, level)
     form = str(rng.choice(["choice", "open", "caption"], p=[0.4, 0.5, 0.1]))
-    question = questions(scene)[-1] if form == "caption" else ask(scene, rng)
+    changed = looks(influence(degradations)) if rng.random() < 0.8 else {}
+    question = questions(scene)[-1] if form == "caption" else ask(scene, rng, about=changed)
     options = choices(question, rng) if form == "choice" else None
     answer = None if form == "caption" else question.answer  # choices are answered by text
     record_id = f"{seed}-{index:06d}"
@@ -94,8 +100,8 @@ def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dic
         length = right_length(degradations)
         if rng.random() < 0.5:
             length = 30 + 70 - length
-        steps = rng.random() < 0.8
-        chain = true_chain(scene, question, degradations, answer, length, steps)
+        careless = rng.random() < CARELESS
+        chain = true_chain(scene, question, degradations, answer, length, careless)
     if chain:
         turns.append({"from": "gpt", "value": render(chain)})
     record = {
