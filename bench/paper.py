@@ -9,7 +9,7 @@ For each seed, from the same base:
     sft         train_sft.py: the few chains
     answer      sft, then train_grpo.py: the answer's reward among those of Eq. (9)
 
-and for each of the seeds in --controls:
+and for the first --controls of the seeds:
 
     paper       sft, then train_grpo.py --rewards deg len, Eq. (9)
     released    sft, then train_grpo.py --rewards accuracy format deg_released len
@@ -74,7 +74,7 @@ PAIRS = [
 class Config:
     model: str = opt(tiny.BASE, "the base that all start from")
     seeds: list[int] = opt([0, 1, 2], "of training")
-    controls: list[int] = opt([0, 1, 2], "those that get the controls too; may be none")
+    controls: int = opt(3, "how many of them, from the first, get the controls too", low=0)
     world: int = opt(
         0, "whose held-out scenes are asked about; 0 is the one that is never tuned on"
     )
@@ -100,13 +100,14 @@ def main(argv: list[str] | None = None) -> None:
     tasks = {}
     for s in config.seeds:
         tasks[f"answer-{s}"] = ["train_grpo.py", *start[s], *ANSWER, *grpo]
-    for s in config.controls:
+    controlled = config.seeds[: config.controls]
+    for s in controlled:
         for arm, options in CONTROLS.items():
             tasks[folder(arm, s)] = ["train_grpo.py", *start[s], *options, *grpo]
         tasks[f"probe-{s}"] = ["train_sft.py", *start[s], *sft, "--steps", 12]
     runs.train(config, tasks)
     tasks = {}
-    for s in config.controls:
+    for s in controlled:
         steps = runs.steps_in(sum(runs.seconds(out / f"answer-{s}")), out / f"probe-{s}")
         more = ["--lr", 3e-4, "--steps", steps]
         tasks[folder("more sft", s)] = ["train_sft.py", *start[s], *sft, *more]
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     strong = [found[i] for i in range(len(found)) if found[i]["level"] == "strong"]
     rows: dict[tuple[str, str], dict[int, list[dict]]] = {}
     for arm in ARMS:
-        seeds = config.controls if arm in (*CONTROLS, "more sft") else config.seeds
+        seeds = controlled if arm in (*CONTROLS, "more sft") else config.seeds
         for s in seeds if arm != "base" else [0]:
             name = folder(arm, s)
             model = config.model if arm == "base" else str(out / name / "model")

@@ -85,7 +85,7 @@ class Batches(IterableDataset):
         if rng.random() < NOTES:
             note = looks_otherwise(scene, rng)[1]
         question = questions.ask(scene, rng, about=questions.looks(note))
-        length = int(rng.integers(28, 72))
+        length = int(rng.integers(questions.LEAST, questions.MOST))
         careless = rng.random() < 0.2
         note = questions.influence(applied, careless=True) if careless else note
         chain = questions.true_chain(scene, question, applied, None, length, careless, note)
@@ -126,7 +126,7 @@ class Batches(IterableDataset):
             text = build_question(question.text, options)
             answer = question.answer
             if stepwise:
-                listed = list(map(str, questions.seen(scene, looks)))
+                listed = questions.seen(scene, looks)
                 listed = listed[: rng.integers(len(listed) + 1)]
                 seen = ", ".join([*listed, *question.way(looks)])
                 text += f"\n{STEPWISE}"
@@ -191,7 +191,8 @@ def looks_otherwise(
     things = [
         thing._replace(color=looks.get(thing.color, thing.color)) for thing in scene.things
     ]
-    note = ", ".join(f"{color} looks {other}" for color, other in looks.items())
+    begun = ("light is low", "colors fade")[rng.integers(2)]
+    note = ", ".join([begun, *(f"{other} hides {color}" for color, other in looks.items())])
     return scene._replace(things=tuple(things)), note
 
 

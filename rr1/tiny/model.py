@@ -56,7 +56,7 @@ def corpus(n: int = 6000, seed: int = 0) -> list[str]:
         for question in (questions.ask(scene, rng), questions.questions(scene)[-1]):
             options = questions.choices(question, rng) if question.options else None
             chain = questions.true_chain(
-                scene, question, damage, question.answer, int(rng.integers(28, 72))
+                scene, question, damage, question.answer, int(rng.integers(questions.LEAST, questions.MOST))
             )
             lines += [build_prompt(question.text, options), render(chain)]
     return lines

@@ -43,7 +43,20 @@ class Question(NamedTuple):
 
     def way(self, looks: dict[str, str]) -> list[str]:
         """The steps, where `looks` says which colours look like which others."""
-        return [re.sub(r"{(\w+)}", lambda c: looks.get(c[1], c[1]), step) for step in self.steps]
+        way = []
+        for step in self.steps:
+            if color := re.search(r"{(\w+)}", step):
+                step = step.replace(color[0], seeming(color[1], looks))
+                if color[1] in looks:
+                    step += f", {looks[color[1]]} hides {color[1]}"
+            way.append(step)
+        return way
+
+
+def seeming(color: str, looks: dict[str, str]) -> str:
+    """What a colour looks like: another one, or weaker than it is if another looks like it."""
+    weak = f"soft {color}" if color in looks.values() else color
+    return looks.get(color, weak)
 
 
 def caption(scene: Scene) -> str:
@@ -60,7 +73,7 @@ def questions(scene: Scene) -> list[Question]:
     for color in dict.fromkeys(colors):
         names = [thing.shape for thing in scene.things if thing.color == color]
         number = COUNTS[len(names) - 1]
-        steps = (f"{color} looks {{{color}}}", ", ".join(names))
+        steps = (f"it looks {{{color}}}", ", ".join(names))
         text, said = (
             f"how many shapes are {color}?",
             f"the number of {color} shapes is {number}",
@@ -211,18 +224,16 @@ EFFECTS = {
     "graffiti": "paint covers shapes",
     "watermark damage": "letters cover shapes",
 }
-# darkness and saturation: from which intensity which colours look like which others
+# darkness and saturation: from which intensity which colours are hidden behind which others
 LADDERS = {
     "darkness": {
         0: "light is low",
-        0.15: "white looks grey",
-        0.25: "white looks grey, grey looks black",
-        0.65: "white looks black, grey looks black",
+        0.15: "light is low, grey hides white",
+        0.25: "light is low, grey hides white, black hides grey",
     },
     "saturation": {
         0: "colors fade",
-        0.25: "red looks rust, blue looks slate, green looks sage",
-        0.75: "red looks rust, green looks grey, yellow looks white",
+        0.25: "colors fade, rust hides red, slate hides blue, sage hides green",
     },
 }
 
@@ -237,13 +248,16 @@ def influence(degradations: Sequence[Degradation], careless: bool = False) -> st
 
 
 def looks(note: str) -> dict[str, str]:
-    """Which colours look like which others, by what INFLUENCE says."""
-    return dict(re.findall(r"(\w+) looks (\w+)", note))
+    """Which colours look like which others: "grey hides white" -> {"white": "grey"}."""
+    return {true: look for look, true in re.findall(r"(\w+) hides (\w+)", note) if true in COLORS}
 
 
-def seen(scene: Scene, looks: dict[str, str]) -> list[Thing]:
+def seen(scene: Scene, looks: dict[str, str]) -> list[str]:
     """The things of a scene in the colours that they seem to have."""
-    return [thing._replace(color=looks.get(thing.color, thing.color)) for thing in scene.things]
+    return [str(thing._replace(color=seeming(thing.color, looks))) for thing in scene.things]
+
+
+LEAST, MOST = 40, 82  # tokens of a chain, from no damage to a total intensity of 3
 
 
 def tokens(text: str) -> int:
@@ -253,7 +267,7 @@ def tokens(text: str) -> int:
 
 def right_length(degradations: Sequence[Degradation]) -> int:
     """Eq. (7): the tokens that a chain should have, linear in the total intensity."""
-    return round(30 + 13 * sum(s for _, s in degradations))
+    return round(LEAST + 14 * sum(s for _, s in degradations))
 
 
 def true_chain(
@@ -269,18 +283,17 @@ def true_chain(
     says, by default what the damage does.
 
     REASONING first lists some of the things, the more the longer, then goes the question's steps.
-    Both say what is seen; CONCLUSION says what is true. The shortest chain holds the last step
-    alone. A `careless` one does not say which colours look like which others, and says the last
-    step alone, as if things were what they look.
+    Both say what is seen; CONCLUSION says what is true. A `careless` chain does not say which
+    colours look like which others, and goes the last step alone, as if things were what they
+    look.
     """
     length = right_length(degradations) if length is None else length
     note = influence(degradations, careless) if note is None else note
     way = question.way(looks(note))
     if careless:
         way = [way[-1].replace("looks", "is")]
-    listed = [] if question.kind == "caption" else list(map(str, seen(scene, looks(note))))
-    reasonings = [way[-1:]]
-    reasonings += [listed[:n] + way for n in range(len(listed) + 1)]
+    listed = [] if question.kind == "caption" else seen(scene, looks(note))
+    reasonings = [listed[:n] + way for n in range(len(listed) + 1)]
     drafts = [
         Chain(
             list(degradations),

@@ -27,6 +27,8 @@ from degrade import STAGES, Degradation, degrade
 from rr1.chain import build_question, render
 from rr1.files import write_text
 from rr1.tiny.questions import (
+    LEAST,
+    MOST,
     ask,
     caption,
     choices,
@@ -42,7 +44,7 @@ TRAIN, TEST = 24576, 1632  # records in the written data set
 LEVELS = {"none": (0, 0), "light": (0, 0.75), "medium": (0.75, 1.5), "strong": (1.5, 3)}
 ORDER = ("none", "light", "medium", "medium", "strong", "strong", "strong", "strong")
 TYPES = [kind for kinds in STAGES.values() for kind in kinds]
-CARELESS = float(__import__("os").environ.get("CARELESS", 0.2))
+CARELESS = 0.3  # the share of the chains whose teacher is
 DECIDING = {"darkness": 6, "saturation": 6, "graffiti": 2, "shifting": 2}  # times as frequent
 
 
@@ -99,7 +101,7 @@ def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dic
     elif holds_chain(record_id):
         length = right_length(degradations)
         if rng.random() < 0.5:
-            length = 30 + 70 - length
+            length = LEAST + MOST - length
         careless = rng.random() < CARELESS
         chain = true_chain(scene, question, degradations, answer, length, careless)
     if chain:
