@@ -74,7 +74,7 @@ class Kernel:
     def __init__(self):
         where = {"metadata": {"path": str(FOLDER)}}
         self.client = NotebookClient(
-            nbformat.v4.new_notebook(), timeout=300, resources=where
+            nbformat.v4.new_notebook(), timeout=600, resources=where
         )
 
     def run(self, source: str) -> str:
