@@ -11,11 +11,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from degrade import DEGRADATIONS
 from rr1 import grpo, rewards
+from rr1.annotate import target_words
+from rr1.chain import Chain, parse, render
 
 TYPES = list(DEGRADATIONS)[:4]
+
+# ---------------------------------------------------------------- random cases
 
 
 def damage(rng: np.random.Generator) -> list[tuple[str, float]]:
@@ -24,8 +29,27 @@ def damage(rng: np.random.Generator) -> list[tuple[str, float]]:
     return [(str(name), round(float(rng.random()), 2)) for name in names]
 
 
+def one_damage(rng):
+    return (damage(rng),)
+
+
 def two_damages(rng):
     return damage(rng), damage(rng)
+
+
+def written_chain(rng):
+    """Cut off somewhere, every other time."""
+    text = render(Chain(damage(rng), "the star (0.30) is smeared"))
+    end = rng.integers(2 * len(text))
+    return (text[:end],)
+
+
+def row_of_tokens(rng):
+    """What is said after each token (L, V), the tokens (L,), whether they are the chain's (L,)."""
+    logits = torch.from_numpy(rng.normal(size=(6, 5)))
+    ids = torch.from_numpy(rng.integers(5, size=6))
+    prompt = rng.integers(1, 6)
+    return logits, ids, torch.arange(6) >= prompt
 
 
 def two_lengths(rng):
@@ -36,26 +60,48 @@ def rewards_of_groups(rng):
     return (torch.from_numpy(rng.normal(size=(2, 4))),)
 
 
+def two_pixels(rng):
+    """Bright ones: a rounding of one grey level is below 1 %."""
+    image = rng.integers(110, 256, (1, 2, 3), dtype=np.uint8)
+    return image, rng.random(), rng
+
+
 def ratio_and_advantage(rng):
     ratio, A = rng.uniform(0.5, 1.6, 4), rng.normal(size=4)
     return torch.from_numpy(ratio), torch.from_numpy(A), 0.2
 
 
-def two_log_probabilities(rng):
-    return tuple(torch.from_numpy(np.log(rng.uniform(0.05, 1, (2, 5)))))
+# ---------------------------------------------------------------- what is right
 
 
-# name -> a random case, the library's function
+def intensities(text):
+    return [s for _, s in parse(text).degradations]
+
+
+def mean_surprise(logits, ids, mask):
+    chain = mask[1:]
+    return cross_entropy(logits[:-1][chain], ids[1:][chain])
+
+
+def words(degradations):
+    total = sum(s for _, s in degradations)
+    return target_words(total)
+
+
+def clipped(ratio, A, clip):
+    return grpo.clipped_objective(ratio, A, clip, clip)
+
+
+# name -> a random case, what is right
 EQUATIONS: dict[str, tuple[Callable, Callable]] = {
+    "Eq. 4": (written_chain, intensities),
+    "Eq. 5": (row_of_tokens, mean_surprise),
     "Eq. 6": (two_damages, rewards.r_deg),
-    "Eq. 6, as printed": (two_damages, rewards.r_deg_pairwise),
+    "Eq. 7": (one_damage, words),
     "Eq. 8": (two_lengths, rewards.r_len),
     "Eq. 10": (rewards_of_groups, grpo.group_advantages),
-    "clip": (
-        ratio_and_advantage,
-        lambda r, A, clip: grpo.clipped_objective(r, A, clip, clip),
-    ),
-    "KL": (two_log_probabilities, grpo.kl_to_reference),
+    "saturation": (two_pixels, DEGRADATIONS["saturation"]),
+    "clip": (ratio_and_advantage, clipped),
 }
 
 
@@ -70,10 +116,10 @@ def check(name: str, function: Callable, cases: int = 200) -> bool:
     rng = np.random.default_rng(0)
     for _ in range(cases):
         case = make(rng)
-        got, expected = np.asarray(function(*case)), np.asarray(right(*case))
-        if got.shape != expected.shape or not np.allclose(
-            got, expected, rtol=1e-2, atol=1e-3
-        ):
+        got = np.asarray(function(*case))
+        expected = np.asarray(right(*case))
+        same_shape = got.shape == expected.shape
+        if not same_shape or not np.allclose(got, expected, rtol=1e-2, atol=1e-3):
             given = ", ".join(map(str, case))
             print(f"{name}: not yet. Given {given}: yours {got}, right {expected}")
             return False

@@ -26,7 +26,7 @@ from degrade import Degradation
 from rr1.answers import choice_index, plain
 from rr1.chain import Chain, is_well_formed, parse
 
-LARGEST = 3.4028234e38  # of float32, in which advantages are computed with
+LARGEST = 3.4028234e38  # of float32, in which advantages are computed
 Instances = list[Degradation]
 Reward = Callable[["Response", dict], float]
 
@@ -99,9 +99,10 @@ def r_deg_pairwise(predicted: Instances, truth: Instances) -> float:
     """Eq. 6 to the letter: the sum over all pairs (i, j) of 1 - |s_i - s_j| where tau_i = tau_j,
     and of -1 where not.
 
-    Of J true types, k named rightly and none wrongly, it pays k (2 - J) minus the intensity errors:
-    about 0 for any answer at J = 2, and silence is best at J = 3. A difference counts at most 1,
-    however large a number the policy writes.
+    Of J true types, k named rightly and w wrongly, it pays k (2 - J) - w J minus the intensity
+    errors. At J = 2 a right name earns nothing, a wrong one costs 2, and silence earns as much as
+    the perfect answer; from J = 3 on every name costs, and silence is best. A difference counts at
+    most 1, however large a number the policy writes.
     """
     total = 0.0
     for tau_d, s_d in predicted:

@@ -1,13 +1,16 @@
-"""The notebooks as they are committed: run from top to bottom without a complaint, small, in the
-agreed form. `.ci/run` executes them."""
+"""The notebooks: as they are committed (run from top to bottom without a complaint, small, in the
+agreed form), and executed from a clean kernel, the solutions of their exercises too."""
 
 import ast
-import builtins
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -65,30 +68,72 @@ def test_a_notebook_keeps_to_the_form(path):
         )
 
 
-def names(source: str) -> tuple[set[str], set[str]]:
-    """Names that a piece of code defines, and names that it reads."""
-    found: tuple[set[str], set[str]] = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            found[isinstance(node.ctx, ast.Load)].add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found[0].add(node.name)
-        elif isinstance(node, ast.alias):
-            found[0].add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.arg):
-            found[0].add(node.arg)
-    return found
+class Kernel:
+    """A clean kernel in the notebooks' folder, as Jupyter starts it."""
+
+    def __init__(self):
+        where = {"metadata": {"path": str(FOLDER)}}
+        self.client = NotebookClient(
+            nbformat.v4.new_notebook(), timeout=600, resources=where
+        )
+
+    def run(self, source: str) -> str:
+        """What the code prints. CellExecutionError where it fails."""
+        cells = self.client.nb.cells
+        cells.append(nbformat.v4.new_code_cell(source))
+        outputs = self.client.execute_cell(cells[-1], len(cells) - 1).outputs
+        return "".join(o.get("text", "") for o in outputs)
+
+
+def exercises(path: Path) -> Iterator[tuple[list[str], str, str]]:
+    """Of each exercise: the names that wait for an answer, the cell that checks, the solution."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in found]
+    for place, source in enumerate(sources):
+        for text in source.split("<details><summary>Solution</summary>")[1:]:
+            code = re.search(r"```python\n(.*?)```", text.split("</details>")[0], re.DOTALL)
+            assert code, f"a solution without code: {text}"
+            waiting = [
+                n for n in ast.parse(sources[place - 2]).body if isinstance(n, ast.Assign)
+            ]
+            names = [
+                n.id for part in waiting for n in ast.walk(part) if isinstance(n, ast.Name)
+            ]
+            yield names, sources[place - 1], code[1]
+
+
+SPOIL = """
+def spoiled(answer):
+    if callable(answer):
+        return lambda *given, **named: None
+    if isinstance(answer, (str, list, tuple)):
+        return answer[::-1]
+    return not answer if isinstance(answer, bool) else 10 * answer + 1
+"""
+
+
+def accepted(kernel: Kernel, check: str) -> bool:
+    """Whether the exercise's own check says `right` (chapter 12: `found`)."""
+    try:
+        said = kernel.run(check)
+    except CellExecutionError:
+        return False
+    return bool(re.search(r"^(.*: )?(right|found)\b", said, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_solution_uses_what_the_notebook_has(path):
-    """Each name that a solution reads is Python's, the notebook's or its own."""
-    known = set(dir(builtins))
-    for cell in cells(path, "code"):
-        lines = "".join(cell["source"]).splitlines()
-        known |= names("\n".join(line for line in lines if not line.startswith("%")))[0]
-    prose = "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
-    solutions = re.findall(r"Solution</summary>\s*```python\n(.*?)```", prose, re.DOTALL)
-    for solution in solutions:
-        defined, read = names(solution)
-        assert read <= known | defined, sorted(read - known - defined)
+def test_a_notebook_runs_and_its_solutions_are_right(path):
+    """All in one kernel: the notebook as a reader runs it, then each solution, which the
+    exercise's check must accept, and the same answer spoiled, which it must not."""
+    kernel = Kernel()
+    with kernel.client.setup_kernel():
+        for cell in cells(path, "code"):
+            kernel.run("".join(cell["source"]))
+        took = float(kernel.run("import time; print(time.process_time())"))
+        assert took < 90, "seconds of one core"
+        kernel.run(SPOIL)
+        for names, check, solution in exercises(path):
+            kernel.run(solution + "".join(f"\n{n} = spoiled({n})" for n in names))
+            assert not accepted(kernel, check), f"anything is right for\n{check}"
+            kernel.run(solution)
+            assert accepted(kernel, check), f"not right:\n{solution}"

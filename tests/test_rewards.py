@@ -170,6 +170,8 @@ def test_what_the_literal_sum_pays(J):
         assert r_deg(predicted, truth) == pytest.approx(
             k - sum(errors[:k]) - (J - k), abs=1e-12
         )
+        one_wrong = r_deg([*predicted, ("another", 0.5)], truth, "pairwise")
+        assert one_wrong == pytest.approx(r_deg(predicted, truth, "pairwise") - J)
     perfect, silence = r_deg(truth, truth, "pairwise"), r_deg([], truth, "pairwise")
     assert (perfect > silence) == (J == 1)
     assert (perfect == silence) == (J == 2)
