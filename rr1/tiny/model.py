@@ -55,9 +55,8 @@ def corpus(n: int = 6000, seed: int = 0) -> list[str]:
         damage = world.sample_damage(rng, levels[rng.integers(len(levels))])
         for question in (questions.ask(scene, rng), questions.questions(scene)[-1]):
             options = questions.choices(question, rng) if question.options else None
-            chain = questions.true_chain(
-                scene, question, damage, question.answer, int(rng.integers(questions.LEAST, questions.MOST))
-            )
+            length = int(rng.integers(questions.LEAST, questions.MOST))
+            chain = questions.true_chain(scene, question, damage, question.answer, length)
             lines += [build_prompt(question.text, options), render(chain)]
     return lines
 

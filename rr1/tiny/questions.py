@@ -55,7 +55,7 @@ class Question(NamedTuple):
 
 def seeming(color: str, looks: dict[str, str]) -> str:
     """What a colour looks like: another one, or weaker than it is if another looks like it."""
-    weak = f"soft {color}" if color in looks.values() else color
+    weak = f"low {color}" if color in looks.values() else color
     return looks.get(color, weak)
 
 
@@ -257,7 +257,7 @@ def seen(scene: Scene, looks: dict[str, str]) -> list[str]:
     return [str(thing._replace(color=seeming(thing.color, looks))) for thing in scene.things]
 
 
-LEAST, MOST = 40, 82  # tokens of a chain, from no damage to a total intensity of 3
+LEAST, MOST = 34, 82  # tokens of a chain, from no damage to a total intensity of 3
 
 
 def tokens(text: str) -> int:
@@ -267,7 +267,7 @@ def tokens(text: str) -> int:
 
 def right_length(degradations: Sequence[Degradation]) -> int:
     """Eq. (7): the tokens that a chain should have, linear in the total intensity."""
-    return round(LEAST + 14 * sum(s for _, s in degradations))
+    return round(LEAST + 16 * sum(s for _, s in degradations))
 
 
 def true_chain(
@@ -293,7 +293,7 @@ def true_chain(
     if careless:
         way = [way[-1].replace("looks", "is")]
     listed = [] if question.kind == "caption" else seen(scene, looks(note))
-    reasonings = [listed[:n] + way for n in range(len(listed) + 1)]
+    reasonings = [way[-1:]] + [listed[:n] + way for n in range(len(listed) + 1)]
     drafts = [
         Chain(
             list(degradations),
