@@ -2,9 +2,10 @@
 
 Questions take one to three steps. Each step is a question of its own: thing to place, place to
 thing, the neighbour, counting, comparing; to count is to find, then to count. A chain leaves
-nothing out that a later part needs: TYPE names the damage, INFLUENCE says what that changes or
-hides ("white looks grey"), REASONING says what is truly there and goes the steps of the
-question, CONCLUSION says what follows ("the star is white").
+nothing out that a later part needs: TYPE names the damage. INFLUENCE says what that changes or
+hides: "grey hides white" is said of the dark, where what looks grey is white. REASONING says
+what is seen, and goes the steps of the question: "it looks grey, grey hides white". CONCLUSION
+says what is true: "the star is white".
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Question(NamedTuple):
 
 
 def seeming(color: str, looks: dict[str, str]) -> str:
-    """What a colour looks like: another one, or weaker than it is if another looks like it."""
+    """What a colour looks like: another one, or lower than it is if another looks like it."""
     weak = f"low {color}" if color in looks.values() else color
     return looks.get(color, weak)
 
@@ -114,7 +115,9 @@ def _about(thing: Thing, unique_color: bool) -> list[Question]:
     ]
     if unique_color:
         text, said = f"what shape is {color}?", f"the {color} shape is a {shape}"
-        asked.append(Question("shape", 1, text, shape, said, (seen, f"it is {place}"), SHAPES))
+        asked.append(
+            Question("shape", 1, text, shape, said, (seen, f"it is {place}"), SHAPES)
+        )
     return asked
 
 
@@ -224,7 +227,8 @@ EFFECTS = {
     "graffiti": "paint covers shapes",
     "watermark damage": "letters cover shapes",
 }
-# darkness and saturation: from which intensity which colours are hidden behind which others
+# darkness and saturation: from which intensity which colours are hidden behind which others.
+# Beyond .65 they have sunk further still, but so have the others: which is which can be told
 LADDERS = {
     "darkness": {
         0: "light is low",
@@ -249,12 +253,18 @@ def influence(degradations: Sequence[Degradation], careless: bool = False) -> st
 
 def looks(note: str) -> dict[str, str]:
     """Which colours look like which others: "grey hides white" -> {"white": "grey"}."""
-    return {true: look for look, true in re.findall(r"(\w+) hides (\w+)", note) if true in COLORS}
+    return {
+        true: look
+        for look, true in re.findall(r"(\w+) hides (\w+)", note)
+        if true in COLORS
+    }
 
 
 def seen(scene: Scene, looks: dict[str, str]) -> list[str]:
     """The things of a scene in the colours that they seem to have."""
-    return [str(thing._replace(color=seeming(thing.color, looks))) for thing in scene.things]
+    return [
+        str(thing._replace(color=seeming(thing.color, looks))) for thing in scene.things
+    ]
 
 
 LEAST, MOST = 34, 82  # tokens of a chain, from no damage to a total intensity of 3

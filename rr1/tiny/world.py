@@ -1,11 +1,12 @@
 """The drawn world: pictures, damage, questions and chains for a laptop with nothing downloaded.
 
 Everything follows from a seed and an index. Scenes come in four levels of total intensity: none,
-light (up to .75), medium (up to 1.5) and strong (1.5 to 3); half of them are strong. The quarter of
-the training records that fine-tuning uses holds chains, by a teacher of mixed quality: in six of
-ten it says the more the more it sees, so that their lengths run against the damage, and in a
-quarter steps are left out. The other three quarters hold labels alone: the damage, the answer, and
-the length to aim for.
+light (up to .75), medium (up to 1.5) and strong (1.5 to 3); half of them are strong. Where the
+damage makes a colour look like another, eight of ten questions are about such a colour.
+
+The quarter of the training records that fine-tuning uses holds chains, by a teacher of mixed
+quality: in a half it says the less the stronger the damage, and three of ten are careless. The
+other three quarters hold labels alone: the damage, the answer, and the length to aim for.
 
     python -m rr1.tiny.world --out runs/tiny-world      # train.jsonl, test.jsonl, the images
 """
@@ -45,7 +46,12 @@ LEVELS = {"none": (0, 0), "light": (0, 0.75), "medium": (0.75, 1.5), "strong": (
 ORDER = ("none", "light", "medium", "medium", "strong", "strong", "strong", "strong")
 TYPES = [kind for kinds in STAGES.values() for kind in kinds]
 CARELESS = 0.3  # the share of the chains whose teacher is
-DECIDING = {"darkness": 6, "saturation": 6, "graffiti": 2, "shifting": 2}  # times as frequent
+DECIDING = {
+    "darkness": 6,
+    "saturation": 6,
+    "graffiti": 2,
+    "shifting": 2,
+}  # times as frequent
 
 
 class Sample(NamedTuple):
