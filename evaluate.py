@@ -212,7 +212,7 @@ def show_one(config: Config, rt: runtime.Runtime) -> None:
     if not config.question:
         raise SystemExit("--image needs --question: what is to be asked about the picture?")
     checkpoint = config.model or (GRPO if Path(GRPO).is_dir() else tiny.SFT)
-    how = how_asked(config, "", checkpoint) | {"plain": False}
+    how = how_asked(config, "", checkpoint)
     size = "{} x {}".format(*open_image(config.image).size)
     model, processor = predictions.load_model(how, rt)
     question = build_question(config.question, config.choices)

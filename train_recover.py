@@ -216,10 +216,8 @@ def fine_tune(
 
     # 2. noise, at a time for each picture
     eps = noise(seeds, z_0.shape[1:]).to(rt.device)
-    times = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed + 1)
-        times.append(flow.sample_t(generator, config.shift, config.at_noise))
+    generators = [torch.Generator().manual_seed(seed + 1) for seed in seeds]
+    times = [flow.sample_t(g, config.shift, config.at_noise) for g in generators]
     t = torch.cat(times).to(rt.device)  # (n,)
     z_t = flow.interpolate(z_0, eps, t)
 
@@ -270,10 +268,8 @@ def reinforce(
     # 2. reward
     target = clean.to(rt.device).repeat_interleave(G, 0)
     terms = rewards.terms((path.end + 1) / 2, target, encoder)  # (n,) each
-    weighted = [
-        weight * term for weight, term in zip(config.reward_weights, terms.values())
-    ]
-    R = sum(weighted).view(-1, G)
+    pix, sem = config.reward_weights
+    R = (pix * terms["pix"] + sem * terms["sem"]).view(-1, G)
     spread = R.std(1, correction=0)  # (groups,)
     means.add("reward", R)
     means.add("reward_std", spread)

@@ -68,7 +68,7 @@ PHOTO = Setting()
 @dataclass
 class Config:
     rounds: int = opt(5, "turns of each that count; one more warms up", low=1)
-    threads: int = opt(1, "of each process")
+
     out: str = opt("runs/bench-grpo", "folder for the inputs and the report")
     worker: str = opt("", "for the processes themselves", ["", *KINDS])
 
@@ -224,7 +224,7 @@ class Worker:
     """One of the processes: `step()` lets it do one step and returns what it reports."""
 
     def __init__(self, kind: str, config: Config):
-        own = {"OMP_NUM_THREADS": str(config.threads), "HF_HUB_OFFLINE": "1"}
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, "--worker", kind, "--out", config.out]
         command += ["--rounds", str(config.rounds)]
         self.log = Path(config.out) / f"{kind}.log"

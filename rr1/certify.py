@@ -7,7 +7,10 @@ Packed groups (`vlm.group_logps`), without rr1/fast.py and with it, are held aga
 own forward pass, one response at a time, pixels included: the log-probability of every response
 token, first ones too, and the gradient of every parameter of a sum in which each token has a weight
 of its own. Largest differences: of log-probabilities in nats, of gradients relative to the largest
-entry of the parameter's. The sampler's own log-probabilities are held against the scorer's.
+entry of the parameter's. The sampler's own log-probabilities are held against the scorer's. Packed
+groups take the opposite weights, so their gradients are added to those of the rows, and what is
+left is the difference: the memory needed is that of the parameters, one gradient of each, and the
+embedding three times more.
 
 The exit status is 0 if all is within the limits: 1e-9 in float64, in which the norms (which the
 library rounds to float32) are computed whole, and 1e-4 in float32. bfloat16 (autocast) is printed.
@@ -15,7 +18,7 @@ library rounds to float32) are computed whole, and 1e-4 in float32. bfloat16 (au
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -27,10 +30,13 @@ from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from rr1 import data, fast, rollout, runtime, tiny, vlm
-from rr1.evaluation.statistics import markdown
 from rr1.runtime import opt
 
 LIMITS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": float("inf")}
+ROW = "| {:8} | {:41} | {:15} | {:8} | {:12} |"
+HEADER = """\
+|          | compared                                  | log-probability | gradient |              |
+|----------|-------------------------------------------|-----------------|----------|--------------|"""
 TEMPERATURE = 0.7
 SIZES = [(112, 112), (168, 84), (84, 140)]  # of the pictures: width, height
 TEXTS = [
@@ -48,27 +54,28 @@ class Config:
     new_tokens: int = opt(24, "of the longest response", low=1)
 
 
-@dataclass
-class Scores:
-    """What is compared: T response tokens, one response after the other."""
-
-    logps: Tensor  # (T,)
-    gradients: dict[str, Tensor]
-
-    def differences(self, other: Scores) -> tuple[float, float]:
-        gaps = []
-        for name, theirs in other.gradients.items():
-            gap = (self.gradients[name] - theirs).abs().max()
-            gaps.append(gap / theirs.abs().max().clamp(min=1e-30))
-        nats = (self.logps - other.logps).abs().max()
-        return nats.item(), torch.stack(gaps).max().item()
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
 
 
-def take_gradients(model) -> dict[str, Tensor]:
-    """The gradients, which the model has no longer."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+def largest_gradients(model) -> dict[str, float]:
+    """The largest entry of each parameter's gradient."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            low, high = p.grad.aminmax()
+            found[name] = max(-low.item(), high.item())
     return found
+
+
+def take_difference(model, expected: dict[str, float]) -> float:
+    """The largest entry that is left of a gradient, relative to the one expected of it. The model
+    has no gradients then."""
+    gaps = []
+    for name, left in largest_gradients(model).items():
+        gaps.append(left / max(expected.get(name, 0.0), 1e-30))
+    model.zero_grad(set_to_none=True)
+    return torch.tensor(gaps, dtype=torch.float64).max().item()  # nan where one is
 
 
 def token_weights(responses: Sequence[Sequence[list[int]]]) -> list[Tensor]:
@@ -90,16 +97,17 @@ def questions(n: int) -> tuple[list[str], list[Image.Image]]:
     return texts, pictures
 
 
-def packed(model, prompts, responses, banned, weights: Sequence[Tensor]) -> Scores:
+def packed(model, prompts, responses, banned, weights: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities of T response tokens, (T,). Adds to the gradients."""
     logps, mask, _ = vlm.group_logps(model, prompts, responses, TEMPERATURE, banned)
     logps = logps[mask > 0]  # (T,)
     w = torch.cat(list(weights)).to(logps)
     (logps * w).sum().backward()
-    return Scores(logps.detach(), take_gradients(model))
+    return logps.detach()
 
 
-def separate(model, processor, responses, weights: Sequence[Tensor]) -> Scores:
-    """The library's forward pass, one row [prompt, response] at a time."""
+def separate(model, processor, responses, weights: Sequence[Tensor]) -> Tensor:
+    """The same by the library's forward pass, one row [prompt, response] at a time."""
     found = []
     asked = zip(*questions(len(responses)), responses, weights, strict=True)
     for text, picture, group, own in asked:
@@ -123,7 +131,7 @@ def separate(model, processor, responses, weights: Sequence[Tensor]) -> Scores:
             logps = logits.log_softmax(-1).gather(-1, targets)[:, 0]
             (logps * w.to(logps)).sum().backward()
             found.append(logps.detach())
-    return Scores(torch.cat(found), take_gradients(model))
+    return torch.cat(found)
 
 
 def sample(model, processor, prompts, G: int, new_tokens: int) -> tuple[list, float]:
@@ -149,8 +157,9 @@ def sample(model, processor, prompts, G: int, new_tokens: int) -> tuple[list, fl
     return ids, (logps.new_tensor(noted) - logps[mask > 0]).abs().max().item()
 
 
-def certify(config: Config, rt: runtime.Runtime, dtype: str) -> list[tuple]:
-    """Rows (what, largest differences of log-probabilities, of gradients) in this dtype."""
+def certify(config: Config, rt: runtime.Runtime, dtype: str) -> Iterator[tuple]:
+    """What is compared in this dtype: (what, largest differences of log-probabilities and, but for
+    the sampler, of gradients)."""
     stored = torch.float64 if dtype == "float64" else torch.float32
     model, processor = vlm.load(config.model, stored, rt.device)
     vlm.freeze_vision(model)
@@ -159,49 +168,54 @@ def certify(config: Config, rt: runtime.Runtime, dtype: str) -> list[tuple]:
     batch = data.collate(*asked, processor)
     prompts = data.encode(model, batch)
     largest = max(config.group_sizes)
-    rows = []
     for way in ("plain", "fast.py"):
         if way == "fast.py":
             fast.enable(model)
         written, gap = sample(model, processor, prompts, largest, config.new_tokens)
-        rows.append((f"{way}: sampler, scorer", gap, 0.0))
+        yield f"{way}: sampler, scorer", [gap]
         for G in config.group_sizes:
             responses = [group[:G] for group in written]
             weights = token_weights(responses)
-            expected = separate(model, processor, responses, weights)
-            found = packed(model, prompts, responses, banned, weights)
-            rows.append((f"{way}: packed, separate, G {G}", *found.differences(expected)))
+            opposite = [-w for w in weights]
+            rows = separate(model, processor, responses, weights)
+            gradients = largest_gradients(model)
+            found = packed(model, prompts, responses, banned, opposite)
+            gap = largest_difference(found, rows)
+            gaps = [gap, take_difference(model, gradients)]
+            yield f"{way}: packed, separate, G {G}, {len(found)} tokens", gaps
         if rt.world_size > 1:  # of the last G
+            packed(model, prompts, responses, banned, opposite)
+            gradients = largest_gradients(model)
+            if not rt.is_main:
+                model.zero_grad()
             mine = slice(rt.rank, None, rt.world_size)
             share = packed(model, prompts[mine], responses[mine], banned, weights[mine])
-            for name, p in model.named_parameters():
-                p.grad = share.gradients.get(name)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            runtime.sum_gradients(trained, rt)
-            together = Scores(found.logps, take_gradients(model))
-            name = f"{way}: {rt.world_size} processes, one"
-            rows.append((name, *together.differences(found)))
-    return rows
+            runtime.sum_gradients(model.parameters(), rt)
+            whole = found.split([len(w) for w in weights])[mine]
+            gap = largest_difference(share, torch.cat(whole))
+            gaps = [gap, take_difference(model, gradients)]
+            yield f"{way}: {rt.world_size} processes, one", gaps
 
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
     rt = runtime.setup(0)
     vlm.PACK_FROM = 0.0  # packed, whatever it saves
-    cells, holds = [], True
+    if rt.is_main:
+        print(config.model, HEADER, sep="\n\n", flush=True)
+    holds = True
     for dtype in config.dtypes:
         exact = patch.object(Qwen2_5_VLRMSNorm, "forward", fast.norm)
         half = torch.autocast(rt.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         with exact if dtype == "float64" else nullcontext(), half:
-            for what, logps, gradients in certify(config, rt, dtype):
-                limit = LIMITS[dtype]
-                within = logps <= limit and gradients <= limit
+            limit = LIMITS[dtype]
+            for what, gaps in certify(config, rt, dtype):
+                within = all(gap <= limit for gap in gaps)
                 holds = holds and within
                 verdict = f"{'within' if within else 'OVER'} {limit:.0e}"
-                cells.append([dtype, what, f"{logps:.1e}", f"{gradients:.1e}", verdict])
-    if rt.is_main:
-        header = ["", "compared", "log-probability", "gradient", ""]
-        print(f"{config.model}\n\n{markdown(header, cells)}")
+                logps, gradients, *_ = [f"{gap:.1e}" for gap in gaps] + [""]
+                if rt.is_main:
+                    print(ROW.format(dtype, what, logps, gradients, verdict), flush=True)
     if not holds:
         raise SystemExit(1)
     runtime.teardown(rt)

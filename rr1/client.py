@@ -220,29 +220,27 @@ def wait_asked_for(response: Any) -> str:
 
 def read_reply(body: Any) -> Reply | None:
     """What the JSON of a chat completion says; None if it is not one. Never raises."""
-    choices = _field(body, "choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = _field(choice, "message")
-    if message is None:
+    try:
+        choice = body["choices"][0]
+        message = dict(choice["message"])
+    except (TypeError, ValueError, LookupError):
         return None
-    usage = _field(body, "usage")
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
     return Reply(
-        text=_text(_field(message, "content")),
-        finish=_field(choice, "finish_reason"),
-        refusal=_text(_field(message, "refusal")),
-        tokens_in=_count(_field(usage, "prompt_tokens")),
-        tokens_out=_count(_field(usage, "completion_tokens")),
+        text=_text(message.get("content")),
+        finish=choice.get("finish_reason"),
+        refusal=_text(message.get("refusal")),
+        tokens_in=_count(usage.get("prompt_tokens")),
+        tokens_out=_count(usage.get("completion_tokens")),
     )
-
-
-def _field(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else None
 
 
 def _text(content: Any) -> str:
     """A string, a list of parts, or nothing, as a text that can be written in UTF-8."""
     if isinstance(content, list):
-        content = "".join(_text(_field(part, "text")) for part in content)
+        parts = [part for part in content if isinstance(part, dict)]
+        content = "".join(_text(part.get("text")) for part in parts)
     text = content if isinstance(content, str) else ""
     return text.encode(errors="replace").decode()  # half an emoji becomes "?"
 

@@ -174,24 +174,28 @@ class Records(Sequence):
         part.ids = [self.ids[i] for i in indices]
         return part
 
+    def where(self, number: int, item: Any) -> str:
+        return f"{self.path}{':' if isinstance(item, bytes) else ', item '}{number}"
+
     def checked(self, number: int, item: Any) -> dict:
         """A record but for its chain, from a line or an item of a list."""
-        where = f"{self.path}{':' if isinstance(item, bytes) else ', item '}{number}"
+        where = self.where(number, item)
         with named(where):
-            raw = _json(item) if isinstance(item, bytes) else item
-            record = _normal(raw, self.folder)
+            record = _normal(entry(item), self.folder)
         # one without an id is called by the file's name and line, wherever the file lies
         return {"id": os.path.basename(where)} | record | {"where": where, "number": number}
 
 
+NEEDED = "a record needs image and conversations with a human and a gpt turn"
+
+
 @contextmanager
-def named(where: str | Path) -> Iterator[None]:
+def named(where: str | Path, needed: str = NEEDED) -> Iterator[None]:
     """An error in what was read becomes a DataError that begins with the file and the line."""
     try:
         yield
     except KeyError as error:
-        expected = "a record needs image and conversations with a human and a gpt turn"
-        raise DataError(f"{where}: field {error} is missing; {expected}") from error
+        raise DataError(f"{where}: field {error} is missing; {needed}") from error
     except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -251,15 +255,21 @@ def _agree(a, b) -> bool:
 
 def _json(text: bytes) -> Any:
     try:
-        return json.loads(text.rstrip())
+        return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON in UTF-8 ({error}): repair or remove it") from error
 
 
-def _normal(raw: Any, folder: Path) -> dict:
-    """What a file holds of one record under our names; null is taken for absent."""
+def entry(item: Any) -> dict:
+    """A line, or an item of a list, as an object; ValueError if it is none."""
+    raw = _json(item) if isinstance(item, bytes) else item
     if not isinstance(raw, dict):
         raise ValueError(f"holds {str(raw)[:40]!r}; expected an object, {{..}}")
+    return raw
+
+
+def _normal(raw: dict, folder: Path) -> dict:
+    """What a file holds of one record under our names; null is taken for absent."""
     raw = {key: value for key, value in raw.items() if value is not None}
     is_aokvqa = "question_id" in raw and not raw.keys() & {"conversations", "messages"}
     raw |= _aokvqa(raw) if is_aokvqa else _turns(raw)

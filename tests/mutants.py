@@ -595,8 +595,8 @@ rr1/evaluation/tsv.py
 
 rr1/evaluation/benchmarks.py
     test_benchmarks.py::test_r_bench_in_utf_8_and_with_full_width_marks
-        return content.decode("utf-8-sig")
-        return content.decode("gb18030")
+        for encoding in ("utf-8-sig", "gb18030"):
+        for encoding in ("gb18030",):
     test_benchmarks.py::test_an_answer_that_is_no_option_is_kept_and_never_right
         if letters and answer is not None and answer not in list(letters):
         if False:
@@ -655,6 +655,8 @@ train_grpo.py
         y, groups[0].record, formula,
         copy.deepcopy(policy, {id(visual): visual})
         policy
+        "loss", loss, count=len(part) / config.prompts
+        "loss", loss, count=1
     test_step.py::test_the_random_numbers_of_two_steps_differ
         data.seed_for(config.seed, step, place)
         data.seed_for(config.seed, place)
@@ -668,8 +670,6 @@ train_grpo.py
     test_train.py::test_two_processes_do_what_one_does
         range(rt.rank, config.prompts, rt.world_size)
         range(0, config.prompts, rt.world_size)
-        "loss", loss, count=len(part) / config.prompts
-        "loss", loss, count=1
     test_train.py::test_an_error_saves_the_steps_before_it
         , run.kept(policy, processor, optimizer):
         , run.kept(policy, processor, None):

@@ -407,7 +407,7 @@ def test_a_okvqa_json(tmp_path):
             '{"image": "0.png", "question": "?", "answer": "x", "id": "q0"}',
             r"2: the id 'q0' is that of .*:1 too",
         ),
-        ("[1]", r"2: field .* is missing or of the wrong kind"),
+        ("[1]", r"2: holds '\[1\]'; expected an object"),
     ],
 )
 def test_a_bad_question_is_named_by_file_and_line(questions, tmp_path, bad, message):

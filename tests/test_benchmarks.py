@@ -180,7 +180,7 @@ def test_pictures_beside_a_tsv_and_damage_of_another_make(tmp_path):
         ({"image": "a" * 101}, "not base64"),
         ({"image": ""}, "no image"),
         ({"image": "55"}, "no row of that index"),
-        ({"image": f"['{picture(0)}', oh]"}, "no list of pictures"),
+        ({"image": f"['{picture(0)}', oh]"}, "no printed list"),
         ({"image": "", "image_path": "../x.png"}, "out of the image folder"),
         ({"image": "", "image_path": "/etc/x.png"}, "out of the image folder"),
         (

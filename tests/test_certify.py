@@ -25,8 +25,9 @@ def test_a_checkpoint_is_certified(checkpoint, capsys):
     rows = [line for line in lines if line.startswith(("| float", "| bfloat"))]
     assert len(rows) == 3 * 4 and not any("OVER" in row for row in rows)
     for row in rows[:4]:
-        logps, gradients = map(float, row.split("|")[3:5])
-        assert logps < 1e-12 and gradients < 1e-12  # far below the limit
+        numbers = [float(cell) for cell in row.split("|")[3:5] if cell.strip()]
+        assert len(numbers) == (1 if "sampler" in row else 2)
+        assert max(numbers) < 1e-12  # far below the limit
     assert sum("plain: packed, separate, G 2" in row for row in rows) == 3
 
 
@@ -47,6 +48,11 @@ WRONG = {
         lambda *given, real=vlm.pack: shifted(real(*given)),
     ),
     "the scorer forgets the temperature": (vlm, "scale_logits", lambda logits, *_: logits),
+    "a gradient is lost on the way": (
+        vlm,
+        "embed",
+        lambda *given, real=vlm.embed: real(*given).detach(),
+    ),
     "the fast mask is that of the prompt alone": (fast, "additive", None),
 }
 

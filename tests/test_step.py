@@ -2,8 +2,8 @@
 
 The second step of a run is taken: the policy is no longer the reference, T is not 1, there are two
 updates on the rollout, the micro-batch does not divide, the pictures have two sizes. Its gradients
-are compared with those of the model library's plain forward, one response at a time, with rewards,
-advantages and loss written out here.
+and the loss that it logs are compared with those of the model library's plain forward, one response
+at a time, with rewards, advantages and loss written out here.
 """
 
 import json
@@ -179,8 +179,9 @@ def test_the_gradients_of_the_second_step(
         reference = [
             policy_logps(model, processor, record, r.ids) for record, r in rollouts
         ]
-    old = []
+    old, losses = [], []
     for update in (2, 3):  # the first two belong to the first step
+        losses.append(0.0)
         model.load_state_dict(seen.weights[update], strict=False)
         model.zero_grad()
         for i, (record, r) in enumerate(rollouts):
@@ -197,6 +198,7 @@ def test_the_gradients_of_the_second_step(
                 "dapo": per_token.sum() / tokens,
             }[loss]
             value.backward()
+            losses[-1] += value.item()
         mine = dict(model.named_parameters())
         theirs = seen.gradients[update]
         apart = sum((mine[name].grad - g).pow(2).sum() for name, g in theirs.items()) ** 0.5
@@ -205,6 +207,11 @@ def test_the_gradients_of_the_second_step(
             f"update {update}: {apart / whole:.1e}"
         )
     assert any(a is not None and not torch.equal(a, b) for a, b in zip(old, reference))
+
+    # what is logged is the mean over both updates, each on all the parts
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    logged = json.loads(lines[1])["loss"]
+    assert abs(logged) > 1e-3 and logged == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 def test_the_random_numbers_of_two_steps_differ(

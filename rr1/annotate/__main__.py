@@ -114,7 +114,16 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         dry_run(config, to_do(config, Folder(out), sources, wanted))
         return
-    client = make_client(config)
+    client = None
+    if config.teacher != "template":
+        client = ChatClient(
+            config.teacher,
+            config.base_url,
+            max_tokens=config.max_tokens,
+            per_minute=config.per_minute,
+            retries=config.retries,
+            timeout=config.timeout,
+        )
     with begun(out, asdict(config), FREE, defaults=asdict(Config())):
         folder = Folder(out)
         todo = to_do(config, folder, sources, wanted)
@@ -180,19 +189,6 @@ def check(config: Config) -> None:
     if config.max_cost is not None and not (config.price_in or config.price_out):
         what = "--max-cost needs the prices: --price-in and --price-out"
         raise SystemExit(f"{what}, in dollars for a million tokens")
-
-
-def make_client(config: Config) -> ChatClient | None:
-    if config.teacher == "template":
-        return None
-    return ChatClient(
-        config.teacher,
-        config.base_url,
-        max_tokens=config.max_tokens,
-        per_minute=config.per_minute,
-        retries=config.retries,
-        timeout=config.timeout,
-    )
 
 
 def write_card(config: Config, folder: Folder, rows: list[dict], teacher) -> str:

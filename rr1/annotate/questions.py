@@ -4,15 +4,16 @@
 """
 
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import NamedTuple
 
 from rr1.answers import choice_index, plain
 from rr1.chain import IMAGE, Chain, build_question
 from rr1.files import to_json
-from rr1.records import DataError, inside
+from rr1.records import DataError, Records, entry, inside, named
+
+NEEDED = "a question needs image, question and answer, or A-OKVQA's fields"
 
 
 class Truth(NamedTuple):
@@ -56,55 +57,26 @@ def read_questions(path: Path, images: str = "", limit: int = 0) -> list[Source]
     if not path.is_file():
         expected = "A-OKVQA's json, or JSON lines of image, question, choices, answer"
         raise SystemExit(f"--data {path}: not a file; give {expected}")
-    folder = Path(images) if images else path.parent
+    file = Records(path, Path(images or path.parent))
     found: dict[str, Source] = {}
     places: dict[str, str] = {}
-    for where, row in _rows(path):
-        try:
-            source = _source(row, folder)
+    for number, item in enumerate(file.items, start=1):
+        if isinstance(item, bytes) and not item.strip():
+            continue
+        where = file.where(number, item)
+        with named(where, NEEDED):
+            source = _source(entry(item), file.folder)
+            if source.id in found:
+                raise ValueError(f"the id {source.id!r} is that of {places[source.id]} too")
             if not limit or len(found) < limit:
-                inside(folder, str(source.photo.absolute()))
+                inside(file.folder, str(source.photo.absolute()))
                 if not source.photo.is_file():
                     advice = "--images gives the folder that paths are relative to"
                     raise ValueError(f"there is no photo {source.photo}: {advice}")
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from None
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{where}: field {error} is missing or of the wrong kind"
-            ) from None
-        if source.id in found:
-            raise DataError(
-                f"{where}: the id {source.id!r} is that of {places[source.id]} too"
-            )
         found[source.id], places[source.id] = source, where
     if not found:
         raise DataError(f"{path}: holds no questions")
     return list(found.values())
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where it stands, entry) of each question."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not a text in UTF-8 ({error}): save it as UTF-8"
-        ) from None
-    if text.lstrip().startswith("["):
-        for number, row in enumerate(_json(text, str(path)), start=1):
-            yield f"{path}, entry {number}", row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _json(line, f"{path}:{number}")
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 def _source(row: dict, folder: Path) -> Source:
@@ -123,13 +95,11 @@ def _source(row: dict, folder: Path) -> Source:
         raise ValueError(
             f"question is {question!r}, choices {choices!r}; expected {expected}"
         )
-    answer = _answer(row, choices)
-    Chain(answer=answer)  # ValueError for an answer with a tag in it
-    truth = Truth(question.strip(), choices or None, answer)
+    truth = Truth(question.strip(), choices or None, _answer(row, choices))
+    Chain(answer=truth.answer)  # ValueError for an answer with a tag in it
     # without an id of its own a question is called by what it asks, wherever it stands
-    digest = hashlib.sha256(
-        to_json([name, truth.question, truth.choices]).encode()
-    ).hexdigest()
+    asked = to_json([name, truth.question, truth.choices]).encode()
+    digest = hashlib.sha256(asked).hexdigest()
     id = row.get("id", row.get("question_id", f"question-{digest[:12]}"))
     return Source(str(id), folder / name, truth)
 

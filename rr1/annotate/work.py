@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 import cv2
@@ -33,12 +32,14 @@ def work(config, folder: Folder, todo: list[Source], teacher) -> str:
         future = pool.submit(make_row, source, config, teacher, folder.attempts(source.id))
         futures[future] = source
     collector = Collector(config.workers, folder)
-    progress = Progress(len(todo))
+    interval = 0.1 if sys.stderr.isatty() else LOG_EVERY
+    bar = tqdm(total=len(todo), unit="question", mininterval=interval)
     try:
         for future in as_completed(futures):
             collector.take(futures[future], future)
             cost = f", ${chat.spent:.2f}" if chat and any(chat.prices) else ""
-            progress.update(f"{len(folder.rejected)} rejected{cost}")
+            bar.set_postfix_str(f"{len(folder.rejected)} rejected{cost}", refresh=False)
+            bar.update()
         return collector.problem
     except Stop as error:
         return str(error)
@@ -56,7 +57,7 @@ def work(config, folder: Folder, todo: list[Source], teacher) -> str:
             chat.client.stop("stopped")
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGINT, before)
-        progress.bar.close()
+        bar.close()
 
 
 class Collector:
@@ -88,24 +89,3 @@ class Collector:
             )
             if self.unanswered_in_a_row > self.workers:
                 raise Stop(f"the server has stopped answering ({error})") from None
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line every half minute."""
-
-    def __init__(self, total: int):
-        self.total, self.done = total, 0
-        self.bar = tqdm(total=total, unit="question", disable=None)
-        self.next_line = time.monotonic() + LOG_EVERY
-
-    def update(self, note: str) -> None:
-        self.done += 1
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.monotonic() >= self.next_line:
-            print(
-                f"{self.done} of {self.total} questions, {note}",
-                file=sys.stderr,
-                flush=True,
-            )
-            self.next_line = time.monotonic() + LOG_EVERY

@@ -16,17 +16,24 @@ bytes). RealWorldQA (CC BY-ND) may be damaged at home, but not passed on so.
 """
 
 import argparse
-import ast
 import csv
 import io
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from string import ascii_uppercase
 
 from rr1 import records
 from rr1.chain import Chain
-from rr1.evaluation.tsv import STRENGTHS, choice_question, damage_tsv, left_out, read_tsv
+from rr1.evaluation.tsv import (
+    STRENGTHS,
+    as_list,
+    choice_question,
+    damage_tsv,
+    left_out,
+    read_tsv,
+)
 from rr1.records import DataError, inside, one_line_errors
 
 # of a record, that go into predictions.jsonl
@@ -82,8 +89,12 @@ def read(
     of its options is kept, and never right.
     """
     path = Path(path)
-    readers = {".tsv": read_tsv, ".csv": read_r_bench}
-    readers |= {".json": read_a_okvqa, ".jsonl": read_a_okvqa}
+    readers = {
+        ".tsv": read_tsv,
+        ".csv": read_r_bench,
+        ".json": read_a_okvqa,
+        ".jsonl": read_a_okvqa,
+    }
     if not path.is_file() or path.suffix not in readers:
         endings = ", ".join(readers)
         raise SystemExit(f"--benchmark {path}: expected a file that ends in {endings}")
@@ -139,14 +150,10 @@ def read_r_bench(
 def decode(path: Path) -> str:
     """The text of a file in UTF-8, or else in GB18030, as R-Bench publishes it."""
     content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        pass
-    try:
-        return content.decode("gb18030")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: neither UTF-8 nor GB18030 ({error})") from error
+    for encoding in ("utf-8-sig", "gb18030"):
+        with suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    raise DataError(f"{path}: neither UTF-8 nor GB18030")
 
 
 def read_r_bench_row(row: dict) -> dict:
@@ -154,14 +161,22 @@ def read_r_bench_row(row: dict) -> dict:
         came = f"type is {row['type']!r} and strength {row['strength']!r}"
         raise ValueError(f"{came}; expected MCQ, VQA or CAP and 1, 2 or 3")
     form, text, answer = FORMS[row["type"]], row["question"], row["answer"]
-    question = {"id": row["name"], "form": form, "question": text, "answer": answer}
-    question["strength"] = STRENGTHS[row["strength"]]
-    question["category"] = name_of_distortion(row["distortion"])
-    question["degradations"] = None  # not known
+    question = {
+        "id": row["name"],
+        "form": form,
+        "question": text,
+        "answer": answer,
+        "strength": STRENGTHS[row["strength"]],
+        "category": name_of_distortion(row["distortion"]),
+        "degradations": None,  # not known
+    }
     if form == "choice":
         question |= choice_question(text, read_options(row["choice"]), answer)
     elif form == "caption":
-        question["references"] = read_references(answer)
+        question["references"] = as_list(answer)
+        if not answer.startswith("[") or not question["references"]:
+            came = f"answer is {answer[:60]!r}"
+            raise ValueError(f"{came}; expected a printed list of captions")
         question["answer"] = question["references"][0]
     return question
 
@@ -181,16 +196,6 @@ def read_options(choice: str) -> dict:
     if not options or list(options) != list(ascii_uppercase[: len(options)]):
         raise ValueError(f"choice is {choice!r}; expected `A.one; B.two`")
     return options
-
-
-def read_references(answer: str) -> list[str]:
-    try:
-        references = [str(text) for text in ast.literal_eval(answer)]
-    except (ValueError, SyntaxError, TypeError):
-        references = []
-    if not references:
-        raise ValueError(f"answer is {answer[:60]!r}; expected a printed list of captions")
-    return references
 
 
 def find_image(images: Path, name: str) -> str:
@@ -225,8 +230,9 @@ def read_a_okvqa(
             people = r.get("direct_answers")
             if people and not r.get("difficult_direct_answer"):
                 [(usual, _)] = Counter(people).most_common(1)
-                direct = {"number": f"{r['number']} direct", "form": "direct"}
-                direct |= {
+                direct = {
+                    "number": f"{r['number']} direct",
+                    "form": "direct",
                     "question": r["question_alone"],
                     "answer": usual,
                     "references": people,

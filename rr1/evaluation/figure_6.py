@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from degrade import DEGRADATIONS, Degradation
-from rr1.evaluation.metrics import LEVELS, Rows, grouped, is_damaged, measures, strength
+from rr1.evaluation.metrics import LEVELS, Rows, grouped, is_damaged, strength, summary
 from rr1.evaluation.statistics import bootstrap, wilson
 
 TYPES = (*DEGRADATIONS, "other")  # "other": a name that is not one of the sixteen
@@ -38,8 +38,7 @@ def type_f1_by_level(hurt: Rows, seed: int) -> dict:
     found = {}
     for level in LEVELS:
         if level in by_level:
-            above, below = measures(by_level[level])["type_f1"]
-            found[level] = bootstrap(above, below, seed)._asdict()
+            found[level] = summary(by_level[level], seed)["type_f1"]._asdict()
     return found
 
 

@@ -8,6 +8,7 @@ found again.
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -88,14 +89,17 @@ def make_jobs(
         image, clean = record["image"], record.get("clean_image")
         is_single = not isinstance(image, list)
         if image != clean:
-            as_is = {"shown": "as is", "image": image, "true_response": record["response"]}
-            as_is["true_length"] = record.get("length")
             if known is not None:
-                with named(record["where"]):
-                    known = [
-                        d._asdict() for d in Chain(known).degradations
-                    ]  # by canonical names
-            jobs.append(job | as_is | {"degradations": known})
+                with named(record["where"]):  # by canonical names
+                    known = [d._asdict() for d in Chain(known).degradations]
+            as_is = {
+                "shown": "as is",
+                "image": image,
+                "degradations": known,
+                "true_response": record["response"],
+                "true_length": record.get("length"),
+            }
+            jobs.append(job | as_is)
             if clean is None or levels is None or form != "choice" or not is_single:
                 continue
         job["image"] = clean
@@ -114,17 +118,15 @@ def by_mark(jobs: list[dict]) -> dict:
 
     So a record that was mended is asked anew, and no other one. Equal jobs are told apart by count.
     """
-    found = {}
+    found, counts = {}, Counter()
     for job in jobs:
         parts = [job[name] for name in ASKED]
         for path in image_paths(job["image"]):
             size = os.path.getsize(path) if os.path.exists(path) else None
             parts += [os.path.basename(path), size, job["damage_seed"]]
         digest = hashlib.sha256(files.to_json(parts).encode()).hexdigest()[:16]
-        count = 1
-        while f"{digest} {count}" in found:
-            count += 1
-        job["mark"] = f"{digest} {count}"
+        counts[digest] += 1
+        job["mark"] = f"{digest} {counts[digest]}"
         found[job["mark"]] = job
     return found
 
@@ -184,8 +186,13 @@ def predict(
 
 def load_model(meta: dict, rt: runtime.Runtime) -> tuple:
     """(model, processor) of meta["model"]; min_pixels and max_pixels 0: the checkpoint's own."""
-    pixels = {"min_pixels": meta["min_pixels"], "max_pixels": meta["max_pixels"]}
-    model, processor = vlm.load(meta["model"], rt.dtype, rt.device, **pixels)
+    model, processor = vlm.load(
+        meta["model"],
+        rt.dtype,
+        rt.device,
+        min_pixels=meta["min_pixels"],
+        max_pixels=meta["max_pixels"],
+    )
     fast.enable(model)
     return model.eval().requires_grad_(False), processor
 

@@ -24,10 +24,8 @@ def caption_phrases(text: str) -> Counter:
 
     `a red star top left, a blue ring top right on sand` has three.
     """
-    things, on, ground = text.rpartition(" on ")
-    phrases = text.split(",")
-    if on:
-        phrases = [*things.split(","), f"on {ground}"]
+    things, *ground = text.rsplit(" on ", maxsplit=1)
+    phrases = [*things.split(","), *(f"on {name}" for name in ground)]
     return Counter(filter(None, map(plain, phrases)))
 
 

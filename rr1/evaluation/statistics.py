@@ -45,9 +45,8 @@ def bootstrap(
     n = int(np.count_nonzero(below))
     if n == 0:
         return NOTHING
-    value = float(above.sum() / below.sum())
     draws = _resampled(above, below, _picks(len(above), seed))
-    return Estimate(value, *_interval(draws), n)
+    return _estimate(above.sum() / below.sum(), draws, n)
 
 
 def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
@@ -63,8 +62,7 @@ def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
         means.append(cell.mean())
         picks = _picks(len(cell), seed + i)
         draws.append(cell[picks].mean(1))  # (DRAWS,)
-    n = sum(map(len, cells))
-    return Estimate(float(np.mean(means)), *_interval(np.mean(draws, 0)), n)
+    return _estimate(np.mean(means), np.mean(draws, 0), sum(map(len, cells)))
 
 
 def paired_difference(after: tuple, before: tuple, seed: int = 0) -> Estimate:
@@ -84,7 +82,7 @@ def paired_difference(after: tuple, before: tuple, seed: int = 0) -> Estimate:
     value = above.sum() / below.sum() - above_then.sum() / below_then.sum()
     picks = _picks(n, seed)
     draws = _resampled(above, below, picks) - _resampled(above_then, below_then, picks)
-    return Estimate(float(value), *_interval(draws), n)
+    return _estimate(value, draws, n)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -115,9 +113,9 @@ def _resampled(above: np.ndarray, below: np.ndarray, picks: np.ndarray) -> np.nd
         return above[picks].sum(1) / below[picks].sum(1)
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
+def _estimate(value: float, draws: np.ndarray, n: int) -> Estimate:
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+    return Estimate(float(value), float(low), float(high), n)
 
 
 # ---------------------------------------------------------------- as cells of Markdown tables

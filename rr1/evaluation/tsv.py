@@ -12,12 +12,13 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from string import ascii_uppercase
+from tempfile import TemporaryDirectory
 from zlib import crc32
 
 import numpy as np
@@ -89,10 +90,8 @@ def read_tsv(path: Path, images: Path, cache: Path, bad: list[str] | None) -> li
     questions = []
     for where, row in rows_of(path):
         with left_out(bad, where):
-            question = read_question(row) | {
-                "where": where,
-                "number": where.rpartition(":")[2],
-            }
+            number = where.rpartition(":")[2]
+            question = read_question(row) | {"where": where, "number": number}
             cells = as_list(row.get("image", ""))
             if cells and len(cells[0]) <= LONGEST_INDEX:
                 question["image"] = cells[0]
@@ -132,11 +131,10 @@ def mark_circles(questions: list[dict]) -> None:
     """`circle`: the question that is asked again, its options turned; 1000007 and 2000007 are 7."""
     indices = {question["id"] for question in questions}
     for question in questions:
-        index = question["id"]
-        base = str(int(index) % CIRCLE) if index.isdigit() else index
-        turned = str(int(base) + CIRCLE) if index.isdigit() else ""
-        if base in indices and turned in indices:
-            question["circle"] = base
+        if question["id"].isdigit():
+            base = int(question["id"]) % CIRCLE
+            if {str(base), str(base + CIRCLE)} <= indices:
+                question["circle"] = str(base)
 
 
 def is_damaged_set(path: Path, question: dict) -> bool:
@@ -197,7 +195,7 @@ def as_list(cell: str) -> list[str]:
     try:
         return [str(item) for item in ast.literal_eval(cell)]
     except (ValueError, SyntaxError, TypeError):
-        raise ValueError(f"{cell[:40]!r} is no list of pictures") from None
+        raise ValueError(f"{cell[:40]!r} is no printed list") from None
 
 
 def find_pictures(row: dict, cells: list[str], images: Path, cache: Path) -> list[str]:
@@ -212,9 +210,8 @@ def find_pictures(row: dict, cells: list[str], images: Path, cache: Path) -> lis
 def decode_picture(cell: str) -> tuple[str, bytes]:
     """(a name that follows from the bytes, the file's bytes)."""
     try:
-        content = base64.b64decode(
-            cell.rpartition(",")[2]
-        )  # a data: URI's head ends in a comma
+        # a data: URI's head ends in a comma
+        content = base64.b64decode(cell.rpartition(",")[2])
     except binascii.Error as error:
         raise ValueError(f"image is not base64 ({error})") from error
     ending = ".png" if content.startswith(b"\x89PNG") else ".jpg"
@@ -277,55 +274,41 @@ def damage_tsv(
     """
     names = [target]
     if len(levels) > 1:
-        names = [target.with_name(f"{target.stem}_{percent(s)}.tsv") for s in levels]
+        percents = [f"{100 * s:g}".replace(".", "p") for s in levels]  # 0.125: 12p5
+        names = [target.with_name(f"{target.stem}_{text}.tsv") for text in percents]
     if len(set(names)) < len(levels) or source.resolve() in [
         name.resolve() for name in names
     ]:
         raise SystemExit(
             f"{target}: the levels {levels} need files of their own, not {source}"
         )
-    temporary = [name.with_name(name.name + ".tmp") for name in names]
-    try:
-        with ThreadPool() as pool:
-            damaged = pool.imap(partial(damage_row, levels, seed, bad), rows_of(source))
-            write_sheets(filter(None, damaged), levels, temporary)
-        if not temporary[0].exists():
+    with TemporaryDirectory(dir=target.parent) as folder, ThreadPool() as pool:
+        paths = [Path(folder, name.name) for name in names]
+        damaged = pool.imap(partial(damage_row, levels, seed, bad), rows_of(source))
+        for rows in filter(None, damaged):
+            for path, row in zip(paths, rows):
+                append_row(path, row)
+        if not paths[0].exists():
             raise DataError(f"{source}: holds no row that can be used")
-    except BaseException:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-        raise
-    for path, name in zip(temporary, names):
-        os.replace(path, name)
+        for path, name in zip(paths, names):
+            os.replace(path, name)
     return names
 
 
-def write_sheets(damaged: Iterable[tuple], levels: list[float], paths: list[Path]) -> None:
-    """What `damage_row` makes of the rows, in a TSV for each level."""
-    writers = []
-    with ExitStack() as stack:
-        for row, cells, damage in damaged:
-            if not writers:
-                columns = [*row, "degradation", "intensity", "damage_seed"]
-                for path in paths:
-                    sheet = stack.enter_context(
-                        open(path, "w", encoding="utf-8", newline="")
-                    )
-                    writer = csv.DictWriter(
-                        sheet, columns, delimiter="\t", lineterminator="\n"
-                    )
-                    writer.writeheader()
-                    writers.append(writer)
-            for writer, s, cell in zip(writers, levels, cells):
-                made = {"intensity": f"{s:g}"} | damage if damage else {}
-                writer.writerow(row | made | {"image": cell})
+def append_row(path: Path, row: dict) -> None:
+    with open(path, "a", encoding="utf-8", newline="") as sheet:
+        writer = csv.DictWriter(sheet, row, delimiter="\t", lineterminator="\n")
+        if sheet.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def damage_row(
     levels: list[float], seed: int, bad: list[str] | None, found: tuple[str, dict]
-) -> tuple | None:
-    """(row, its image cell at each level, its damage); a borrowed picture stays borrowed."""
+) -> list[dict] | None:
+    """The row at each level; a borrowed picture stays borrowed."""
     where, row = found
+    columns = dict.fromkeys(("degradation", "intensity", "damage_seed"))
     with left_out(bad, where):
         cells = as_list(row.get("image", ""))
         if not cells:
@@ -333,22 +316,23 @@ def damage_row(
         if "degradation" in row:
             raise ValueError("a column degradation: this is a damaged copy already")
         if len(cells[0]) <= LONGEST_INDEX:
-            return row, [cells[0]] * len(levels), {}
+            return [row | columns] * len(levels)
         pictures = [decode_picture(cell) for cell in cells]
         type, damage_seed = draw_damage(pictures[0][0], seed)
         images = [np.asarray(open_bytes(content)) for _, content in pictures]
-        written = []
+        damaged = []
         for s in levels:
             hurt = [
                 encode_png(degrade(image, [(type, s)], damage_seed)) for image in images
             ]
-            written.append(hurt[0] if len(hurt) == 1 else str(hurt))
-        return row, written, {"degradation": type, "damage_seed": damage_seed}
-
-
-def percent(s: float) -> str:
-    """0.25 as `25`, 0.125 as `12p5`."""
-    return f"{100 * s:g}".replace(".", "p")
+            columns = {
+                "degradation": type,
+                "intensity": f"{s:g}",
+                "damage_seed": damage_seed,
+            }
+            image = hurt[0] if len(hurt) == 1 else str(hurt)
+            damaged.append(row | columns | {"image": image})
+        return damaged
 
 
 def encode_png(image: np.ndarray) -> str:

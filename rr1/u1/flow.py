@@ -274,17 +274,14 @@ def replay(
 
 def step_logps(path: Trajectory, steps: Steps) -> Tensor:
     """`log_prob` of what was sampled, at each step; (N, S)."""
-    logps = []
-    for x_next, (mean, std) in zip(path.x_next, steps):
-        logps.append(log_prob(x_next, mean, std))
+    logps = [log_prob(x_next, *step) for x_next, step in zip(path.x_next, steps)]
     return torch.stack(logps, dim=1)
 
 
 def step_kls(steps: Steps, reference: Steps) -> Tensor:
     """`kl` at each step; (N, S)."""
-    kls = []
-    for (mean, std), (mean_ref, _) in zip(steps, reference):
-        kls.append(kl(mean, mean_ref, std))
+    pairs = zip(steps, reference)
+    kls = [kl(mean, mean_ref, std) for (mean, std), (mean_ref, _) in pairs]
     return torch.stack(kls, dim=1)
 
 

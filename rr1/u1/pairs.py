@@ -78,18 +78,17 @@ class Scenes:
 
         Its name tells versions of the world apart, by a hash of the first pairs.
         """
-        first = [draw(i, self.seed, self.side).tobytes() for i in range(min(self.n, 16))]
-        version = hashlib.sha256(b"".join(first)).hexdigest()[:8]
+        one = partial(draw, seed=self.seed, side=self.side)
+        first = b"".join(one(i).tobytes() for i in range(min(self.n, 16)))
+        version = hashlib.sha256(first).hexdigest()[:8]
         path = Path(folder) / f"pairs-{self.side}-{self.n}-{version}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            one = partial(draw, seed=self.seed, side=self.side)
             with get_context("spawn").Pool() as pool:
                 work = pool.imap(one, range(self.n), chunksize=64)
                 drawn = np.stack(list(tqdm(work, total=self.n, desc=f"drawing {path}")))
-            temporary = path.with_suffix(
-                f".{os.getpid()}.tmp.npy"
-            )  # others may be at it too
+            # others may be at it too
+            temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")
             np.save(temporary, drawn)
             os.replace(temporary, path)
         self.drawn = np.load(path, mmap_mode="r")  # (n, 2, side, side, 3)

@@ -226,11 +226,8 @@ def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
     So neither the batch nor the number of processes changes them.
     """
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        rows.append(torch.randn(*shape, generator=generator))
-    return torch.stack(rows)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
 
 @torch.no_grad()
