@@ -21,7 +21,7 @@ from rr1.runtime import opt
 @dataclass
 class Config:
     run: str = opt("runs/grpo", "folder of a GRPO run: its model and its metrics are shown")
-    record: int = opt(156, "which record of the held-out data to show")
+    record: int = opt(26, "which record of the held-out data to show")
     curves: list[str] = opt(["reward/deg", "reward/len"], "names in metrics.jsonl")
     out: str = opt("docs/overview.png", "picture to write")
 
