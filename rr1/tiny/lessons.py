@@ -86,9 +86,7 @@ class Batches(IterableDataset):
             note = looks_otherwise(scene, rng)[1]
         question = questions.ask(scene, rng, about=questions.looks(note))
         length = int(rng.integers(questions.LEAST, questions.MOST))
-        careless = rng.random() < 0.2
-        note = questions.influence(applied, careless=True) if careless else note
-        chain = questions.true_chain(scene, question, applied, None, length, careless, note)
+        chain = questions.true_chain(scene, question, applied, None, length, note=note)
         damage = ", ".join(f"{kind}({s:.2f})" for kind, s in chain.degradations)
         parts = [
             question.text,
@@ -114,12 +112,10 @@ class Batches(IterableDataset):
             if k in (
                 0,
                 2,
-            ):  # looking a thing up by its shape is learnt last, undoing a note too
+            ):  # looking a thing up by its shape is learnt last
                 asked = [
                     q for q in questions.questions(scene) if q.kind in ("color", "place")
                 ]
-                changed = [q for q in asked if q.answer in looks]
-                asked = changed or asked
                 question = asked[rng.integers(len(asked))]
             stepwise = k >= 5
             options = questions.choices(question, rng) if k in (1, 3, 5) else None

@@ -99,16 +99,11 @@ def questions(scene: Scene) -> list[Question]:
 def _about(thing: Thing, unique_color: bool) -> list[Question]:
     """One step: from one property of a thing to another."""
     shape, color, place = thing
+    asks = f"what color is the {shape}?"
     seen, at = f"it looks {{{color}}}", f"the {shape} is {place}"
     asked = [
         Question(
-            "color",
-            1,
-            f"what color is the {shape}?",
-            color,
-            f"the {shape} is {color}",
-            (at, seen),
-            tuple(COLORS),
+            "color", 1, asks, color, f"the {shape} is {color}", (at, seen), tuple(COLORS)
         ),
         Question("place", 1, f"where is the {shape}?", place, at, (seen,), PLACES),
         Question("at", 1, f"what shape is {place}?", shape, at, (seen,), SHAPES),
@@ -142,18 +137,11 @@ def _named(
     """Shape and colour of the thing that the steps lead to."""
     shape, color, place = thing
     text, said = f"what shape is {where}?", f"the {shape} is {place}"
-    of_color = f"what color is {where}?"
+    of_color, true = f"what color is {where}?", f"the shape {place} is {color}"
+    further = (*steps, f"it looks {{{color}}}")
     return [
         Question(kind, n, text, shape, said, steps, SHAPES),
-        Question(
-            f"{kind} color",
-            n,
-            of_color,
-            color,
-            f"the shape {place} is {color}",
-            (*steps, f"it looks {{{color}}}"),
-            tuple(COLORS),
-        ),
+        Question(f"{kind} color", n, of_color, color, true, further, tuple(COLORS)),
     ]
 
 
@@ -297,21 +285,16 @@ def true_chain(
     colours look like which others, and goes the last step alone, as if things were what they
     look.
     """
-    length = right_length(degradations) if length is None else length
+    length = length or right_length(degradations)
     note = influence(degradations, careless) if note is None else note
     way = question.way(looks(note))
     if careless:
         way = [way[-1].replace("looks", "is")]
     listed = [] if question.kind == "caption" else seen(scene, looks(note))
     reasonings = [way[-1:]] + [listed[:n] + way for n in range(len(listed) + 1)]
-    drafts = [
-        Chain(
-            list(degradations),
-            note,
-            ", ".join(r),
-            question.statement,
-            answer,
+    drafts = []
+    for said in reasonings:
+        drafts.append(
+            Chain(degradations, note, ", ".join(said), question.statement, answer)
         )
-        for r in reasonings
-    ]
     return min(drafts, key=lambda chain: abs(tokens(render(chain)) - length))

@@ -14,7 +14,6 @@ other three quarters hold labels alone: the damage, the answer, and the length t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from degrade import STAGES, Degradation, degrade
 from rr1.chain import build_question, render
+from rr1.data import part_of
 from rr1.files import write_text
 from rr1.tiny.questions import (
     LEAST,
@@ -78,12 +78,6 @@ def sample_damage(rng: np.random.Generator, level: str) -> list[Degradation]:
             ]
 
 
-def holds_chain(record_id: str) -> bool:
-    """Whether a training record is in the quarter for fine-tuning: the rule of `rr1.data.split`."""
-    digest = hashlib.sha256(f"0:{record_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < 2**62
-
-
 def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dict]:
     """Sample number `index` of the world `seed` before it is damaged: the clean picture, the
     damage, the record. Four tenths are choice questions, half are open ones, one tenth
@@ -104,7 +98,7 @@ def undamaged(index: int, seed: int) -> tuple[np.ndarray, list[Degradation], dic
     chain = None
     if seed % 2:
         chain = true_chain(scene, question, degradations, answer)
-    elif holds_chain(record_id):
+    elif part_of(record_id) == "sft":
         length = right_length(degradations)
         if rng.random() < 0.5:
             length = LEAST + MOST - length
