@@ -22,7 +22,7 @@ WORLD = Path("runs/tiny-world")  # where the data set is written when first need
 
 def dataset(split: str) -> str:
     """Path of the drawn world's `train` or `test` file. The world is drawn first if it is not
-    there yet (half a minute)."""
+    there yet (about a minute)."""
     path = WORLD / f"{split}.jsonl"
     if not path.exists():  # in a process of its own, which need not import torch
         places = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -37,6 +37,6 @@ def dataset(split: str) -> str:
             if {name: found.get(name) for name in now} != now:
                 raise SystemExit(
                     f"{WORLD} was drawn by another version of rr1: delete that folder, and it is "
-                    "drawn again in half a minute"
+                    "drawn again in a minute"
                 )
     return str(path)
