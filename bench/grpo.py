@@ -68,7 +68,6 @@ PHOTO = Setting()
 @dataclass
 class Config:
     rounds: int = opt(5, "turns of each that count; one more warms up", low=1)
-
     out: str = opt("runs/bench-grpo", "folder for the inputs and the report")
     worker: str = opt("", "for the processes themselves", ["", *KINDS])
 

@@ -1,7 +1,7 @@
 """Robust-U1 in figures: the tables of docs/dev/recover.md.
 
     python bench/u1.py --jobs 2                                   # both parts -> runs/u1
-    python bench/u1.py --parts recover --seeds 0 --n 64 --more="--steps 20"   # a quick look
+    python bench/u1.py --seeds 0 --n 64 --limit 64 --more="--steps 20"        # do both run?
 
 recover   What brings the clean picture back? Stage I as it is by default, by other laws of t for
           as many steps (LAWS: plain regression alone, no regression, the paper's own); and for
@@ -22,7 +22,6 @@ would change is not in them. What a run that was cut off has finished stays.
 from __future__ import annotations
 
 import shlex
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from rr1.tiny import scenes, world
 from rr1.u1 import __main__ as data_set
 from rr1.u1 import pairs, report, rewards
 from rr1.u1.restorer import Restorer, recover, to_tensor
-from runs import begin, read_rows, run_all, same_records, seconds, train
+from runs import begin, read_rows, run_all, same_records, seconds, steps_in, train
 
 # a quarter of stage I's: this is a second round, from the first one's end
 CONTROL_LR = 6e-4
@@ -74,7 +73,7 @@ class Config:
         tiny.RESTORER, "recover: the restorer after stage I that all start from"
     )
     seeds: list[int] = opt([0, 1, 2], "of Flow-GRPO and its controls; of the fine-tunings")
-    more: str = opt("", 'recover: options for train_recover.py, as --more="--steps 20"')
+    more: str = opt("", 'options for train_recover.py, as --more="--steps 20"')
     n: int = opt(512, "recover: held-out damaged scenes", low=1)
     limit: int = opt(0, "reason: answer this many records only; 0: all")
     jobs: int = opt(1, "processes at a time; they share the cores")
@@ -110,8 +109,9 @@ def compare_recoveries(config: Config, out: Path) -> str:
         tasks[f"probe-{s}"] = [*more, "--seed", s, "--steps", 12]
     train(config, tasks)
     controls = {}
-    for s in config.seeds:
-        controls[f"more-{s}"] = [*more, "--seed", s, "--steps", control_steps(out, s)]
+    for s in config.seeds:  # as long as the Flow-GRPO run's steps took
+        steps = steps_in(sum(seconds(out / f"stage-2-{s}")), out / f"probe-{s}")
+        controls[f"more-{s}"] = [*more, "--seed", s, "--steps", steps]
     train(config, controls)
 
     # 2. recover the held-out scenes
@@ -145,13 +145,6 @@ def compare_recoveries(config: Config, out: Path) -> str:
     return report.table(scores, "stage I", MEASURES)
 
 
-def control_steps(out: Path, seed: int) -> int:
-    """Steps of stage I that take as long as the Flow-GRPO run's steps did."""
-    # the first ones are slower
-    a_step = statistics.median(seconds(out / f"probe-{seed}")[2:])
-    return max(1, round(sum(seconds(out / f"stage-2-{seed}")) / a_step))
-
-
 def held_out(n: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first n held-out scenes that are damaged: damaged, clean, and the things in them."""
     source, found, drawn = pairs.Scenes(side, seed=1), [], []
@@ -173,7 +166,8 @@ def compare_answers(config: Config, out: Path) -> str:
     # 1. recover the pictures, and write the records that show them
     tiny.dataset("train")
     large = ["train_recover.py", "--model", tiny.RESTORER, "--side", scenes.SIDE]
-    train(config, {"restorer": [*large, "--lr", LARGE_LR, "--steps", 1000]})
+    large += ["--lr", LARGE_LR, "--steps", 1000, *shlex.split(config.more)]
+    train(config, {"restorer": large})
     for part, split in (("sft", "train"), ("all", "test")):
         ask = f"--model {out}/restorer/model --part {part} --data {tiny.dataset(split)}"
         data_set.main(f"{ask} --out {out}/pairs/{split}".split())
@@ -225,7 +219,8 @@ def added_logits(rows: list[dict], out: Path) -> list[dict]:
             options = [processor.response_ids(option) for option in row["choices"]]
             total = torch.zeros(len(options))
             for found in shown:
-                batch = data.load_batch([found[int(row["key"])]], processor, plain=True)
+                record = found[int(row["key"]) - 1]  # the line's number, from 1
+                batch = data.load_batch([record], processor, plain=True)
                 logps, mask, _ = vlm.group_logps(
                     model, data.encode(model, batch), [options]
                 )

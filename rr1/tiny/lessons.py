@@ -101,18 +101,16 @@ class Batches(IterableDataset):
         self, scene: scenes.Scene, note: str, rng: np.random.Generator
     ) -> list[tuple]:
         """What follows the picture: a caption, five questions answered at once, two of them with
-        choices, and two answered step by step. Four turns stand alone: from those, looking at
-        the picture is learnt fast. The others make one long conversation: its end is far from
-        the picture, as the end of a chain will be. Each question begins with the note."""
+        choices, and two answered step by step. All but two ask about what the note hides, if
+        they can. Four turns stand alone: from those, looking at the picture is learnt fast. The
+        others make one long conversation: its end is far from the picture, as the end of a chain
+        will be. Each question begins with the note."""
         looks = questions.looks(note)
         describe = questions.questions(scene)[-1]
         turns = [("caption", describe.text, describe.answer)]
         for k in range(7):
             question = questions.ask(scene, rng, about=looks)
-            if k in (
-                0,
-                2,
-            ):  # looking a thing up by its shape is learnt last
+            if k in (0, 2):  # looking a thing up by its shape is learnt last
                 asked = [
                     q for q in questions.questions(scene) if q.kind in ("color", "place")
                 ]

@@ -178,8 +178,7 @@ def ask(
     two and three in three each), then which kind. If some question is about one of the colours
     `about`, it is one of those."""
     asked = questions(scene)[:-1]
-    said = [q for q in asked if set(about) & {*q.text[:-1].split(), q.answer}]
-    asked = said or asked
+    asked = [q for q in asked if set(about) & {*q.text[:-1].split(), q.answer}] or asked
     n_steps = n_steps or int(rng.choice([1, 2, 3], p=[0.4, 0.3, 0.3]))
     there = [question.n_steps for question in asked]
     n_steps = min(there, key=lambda n: abs(n - n_steps))

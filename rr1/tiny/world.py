@@ -45,7 +45,7 @@ TRAIN, TEST = 24576, 1632  # records in the written data set
 LEVELS = {"none": (0, 0), "light": (0, 0.75), "medium": (0.75, 1.5), "strong": (1.5, 3)}
 ORDER = ("none", "light", "medium", "medium", "strong", "strong", "strong", "strong")
 TYPES = [kind for kinds in STAGES.values() for kind in kinds]
-CARELESS = 0.3  # the share of the chains whose teacher is
+CARELESS = 0.3  # the share of the training chains whose teacher is careless
 DECIDING = {
     "darkness": 6,
     "saturation": 6,
