@@ -200,6 +200,13 @@ def install() -> PretendGPU:
     torch.nn.Parameter.__deepcopy__ = lambda self, memo: put(
         copied(self, memo), place(self)
     )
+    made = torch.nn.Parameter.__new__
+
+    def on_its_device(cls, data=None, requires_grad=True):
+        parameter = made(cls, data, requires_grad)
+        return parameter if data is None else put(parameter, place(data))
+
+    torch.nn.Parameter.__new__ = on_its_device
     return PretendGPU()
 
 
