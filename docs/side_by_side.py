@@ -86,7 +86,7 @@ def left(number: str, body: str) -> str:
     )
     words = " ".join(line for line in lines if line[:2] not in ("= ", "- "))
     return (
-        f'<div class="eq" id="eq-{number}"><div><math display="block"><mtable displaystyle="true">{table}'
+        f'<div class="eq" id="eq-{number}"><div><math display="block"><mtable>{table}'
         f"</mtable></math></div>({number})</div>\n<p>{escape(words)}</p>\n<dl>\n{listed}</dl>\n"
     )
 
