@@ -219,6 +219,14 @@ def until(condition, seconds=90):
     return found
 
 
+def test_a_busy_port_is_one_line(address):
+    port = address.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "rr1.demo", "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = f"port {port} of 127.0.0.1 is not free: choose another with --port\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def send(url, content, kind="application/json"):
     request = urllib.request.Request(url, content, {"Content-Type": kind})
     return urllib.request.urlopen(request, timeout=60).read().decode()

@@ -35,8 +35,7 @@ QUEUE = {
     "api_visibility": "private",
 }
 PICTURE = {"interactive": False, "format": "png", "height": 250, "buttons": []}
-WEIGHTS = ("deg", "len", "format", "accuracy")
-DEFAULT = {"deg": 1.0, "len": 1.0}  # Eq. 9; the others 0
+WEIGHTS = {"deg": 1.0, "len": 1.0, "format": 0.0, "accuracy": 0.0}  # at first as in Eq. 9
 STYLE = """
 .cards {display: flex; gap: 12px; flex-wrap: wrap}
 .card {flex: 1 1 150px; border: 1px solid #bbb; border-radius: 8px; padding: 10px}
@@ -73,21 +72,19 @@ def checked(question: str | None) -> str:
     return question
 
 
-def suggest(view):
+def begin(view):
     texts = list(view.questions) or ["describe the picture."]
-    return gr.Dropdown(choices=texts, value=texts[0])
+    return view, view.clean, gr.Dropdown(choices=texts, value=texts[0])
 
 
 @sentence
 def new_scene(seed):
-    view = show.drawn(int(seed))
-    return view, view.clean, suggest(view)
+    return begin(show.drawn(int(seed)))
 
 
 @sentence
 def new_photo(content):
-    view = show.uploaded(content)
-    return view, view.clean, suggest(view)
+    return begin(show.uploaded(content))
 
 
 @sentence
@@ -158,8 +155,8 @@ def page(models: dict[str, show.Model]) -> gr.Blocks:
                 list(READINGS), value="matched", label="reading of Eq. 6, and the weights"
             )
             weights = [
-                gr.Slider(0, 2, DEFAULT.get(term, 0), step=0.1, label=term)
-                for term in WEIGHTS
+                gr.Slider(0, 2, weight, step=0.1, label=term)
+                for term, weight in WEIGHTS.items()
             ]
         sampling = gr.Button("Sample eight", elem_id="sample")
         table = gr.HTML(elem_id="group")
@@ -194,16 +191,21 @@ def main(argv: list[str] | None = None) -> None:
     Image.MAX_IMAGE_PIXELS = PIXELS  # which `open_image` keeps to
     folders = {folder: folder for folder in a.model} if a.model else show.TINY
     models = {name: show.load(folder) for name, folder in folders.items()}
-    page(models).launch(
-        server_name=a.host,
-        server_port=a.port,
-        max_file_size=BYTES,
-        state_session_capacity=100,
-        css=STYLE,
-        theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
-        footer_links=[],
-        ssr_mode=False,
-    )
+    try:
+        page(models).launch(
+            server_name=a.host,
+            server_port=a.port,
+            max_file_size=BYTES,
+            state_session_capacity=100,
+            css=STYLE,
+            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
+            footer_links=[],
+            ssr_mode=False,
+        )
+    except OSError:
+        raise SystemExit(
+            f"port {a.port} of {a.host} is not free: choose another with --port"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def answer_card(
     bars = "".join(bar(key, value) for key, value in values.items())
     cut = ", cut off" if response.truncated else ""
     chain = chain_html(response.chain, plain)
-    size = f"<p>{response.length} tokens{cut}</p>"
+    size = f"<p>tokens: {response.length}{cut}</p>"
     return f'<div class="card"><h3>{escape(name)}</h3><dl>{chain}</dl>{bars}{size}</div>'
 
 
