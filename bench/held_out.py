@@ -124,7 +124,4 @@ def difference(
     after: Sequence[Sequence[dict]], before: Sequence[Sequence[dict]], name: str = "score"
 ) -> Estimate:
     """Paired by record, the mean over seeds of each side."""
-    return paired_difference(
-        (over_seeds(after, name), None),
-        (over_seeds(before, name), None),
-    )
+    return paired_difference(over_seeds(after, name), over_seeds(before, name))

@@ -122,8 +122,8 @@ def level(total: float) -> str:
 def measures(judged: Rows) -> dict:
     """name -> (numerators, denominators), one for each record: every measure is sum / sum.
 
-    So two models can be compared record by record (`paired_difference`). What says nothing about a
-    record has 0 in both. Rows of a plain model have no chain and so only the last three.
+    What says nothing about a record has 0 in both. Rows of a plain model have no chain and so only
+    the last three.
     """
 
     def column(name: str) -> np.ndarray:
@@ -314,7 +314,7 @@ def versus(after: Rows, before: Rows, seed: int = 0) -> dict:
         scores_then = np.array(scores_of(same_questions))
         gained = int((scores > scores_then).sum())
         lost = int((scores < scores_then).sum())
-        difference = paired_difference((scores, None), (scores_then, None), seed)
+        difference = paired_difference(scores, scores_then, seed)
         table[name] = difference._asdict() | {
             "gained": gained,
             "lost": lost,

@@ -150,7 +150,7 @@ def gains(before: Scores, after: Scores) -> list[str]:
     """How much more each measure is after than before, paired by picture."""
     found = []
     for m in before:
-        difference = paired_difference((after[m], None), (before[m], None))
+        difference = paired_difference(after[m], before[m])
         found.append(interval(difference._asdict()))
     return found
 
