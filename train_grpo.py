@@ -25,8 +25,6 @@ which is read as a one-to-one matching.
 Shapes: B prompts a step, G responses each, n prompts in a micro-batch, L tokens.
 """
 
-from __future__ import annotations
-
 import os
 
 # before torch is imported: threads that wait must not spin, or other work stalls them

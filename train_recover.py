@@ -28,8 +28,6 @@ Differences from the paper:
 The equations are in rr1/u1/flow.py and docs/learn/recover.md.
 """
 
-from __future__ import annotations
-
 import os
 
 # before torch is imported: threads that wait must not spin, or other work stalls them

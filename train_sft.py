@@ -25,8 +25,6 @@ is split.
 Shapes: n records in a micro-batch, L response tokens.
 """
 
-from __future__ import annotations
-
 import os
 
 # before torch is imported: threads that wait must not spin, or other work stalls them

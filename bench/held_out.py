@@ -1,8 +1,6 @@
 """How a checkpoint answers the drawn world's held-out records, also with the picture blanked or
 the damage forced."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python bench/overview.py                # after train_grpo.py; writes docs/overview.png
 """
 
-from __future__ import annotations
-
 import tempfile
 import textwrap
 from dataclasses import dataclass

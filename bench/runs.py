@@ -1,8 +1,6 @@
 """Runs of the scripts in processes of their own, for the comparisons in this folder. What is
 finished stays, what was begun goes on."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """TRL's GRPOTrainer on a Qwen2.5-VL without torchvision: the other side of bench/grpo.py."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

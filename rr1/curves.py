@@ -1,7 +1,5 @@
 """The curves of a run: single steps light, a moving average over them."""
 
-from __future__ import annotations
-
 import fnmatch
 import math
 from pathlib import Path

@@ -10,8 +10,6 @@ rest to JSON. With several processes all of them call every method, in the same 
 same folder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """What the two training scripts share: options, how a run begins, a look at held-out records."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

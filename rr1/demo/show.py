@@ -5,8 +5,6 @@ What a model or a visitor wrote is escaped before it becomes HTML.
 Shapes: H, W of the picture; G responses in a group.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -15,8 +15,6 @@
 Each phase ends with its weights in --out; a run that is started again skips what is done.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from dataclasses import dataclass

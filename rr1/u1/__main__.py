@@ -8,8 +8,6 @@ writes FILE.jsonl and FILE/ with the pictures. A line's `image` is [damaged, rec
 question begins with <image><image>. A run that was cut off goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -10,8 +10,6 @@ t = 0 is the clean picture, t = 1 noise. Tensors in, tensors out.
 The arithmetic of a step is done in float32 or better.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Callable, Sequence

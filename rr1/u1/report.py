@@ -7,8 +7,6 @@ writes report.txt and strip.png (damaged, recovered, clean). Undamaged pictures 
 would count 100 dB each. Intervals are 95 %, by a bootstrap over pictures.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
