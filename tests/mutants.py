@@ -420,6 +420,14 @@ rr1/records.py
         True and
         len(a) == len(b) and
         True and
+    test_metrics.py::test_level_borders
+        if total >= LEVELS[name]:
+        if total > LEVELS[name]:
+    test_train.py::test_right_answers_are_counted_by_the_total_intensity
+        "medium": 0.75
+        "medium": 0.85
+        "strong": 1.5
+        "strong": 1.7
     test_data.py::test_a_record_without_a_chain
         if "len" in rewards and not (isinstance(length, int) and length >= 1):
         if False:
@@ -535,9 +543,6 @@ rr1/evaluation/metrics.py
     test_metrics.py::test_table_1_by_hand
         for name, cell in cells.items() if not name.endswith("none")
         for name, cell in cells.items()
-    test_metrics.py::test_level_borders
-        if total >= LEVELS[name]:
-        if total > LEVELS[name]:
     test_metrics.py::test_versus_counts_what_turned_right_and_wrong
         gained = int((scores > scores_then).sum())
         gained = int((scores >= scores_then).sum())
@@ -706,10 +711,6 @@ rr1/training.py
     test_train.py::test_right_answers_are_counted_by_the_total_intensity
         2 * pairs, count
         pairs, count
-        "medium": 0.75
-        "medium": 0.85
-        "strong": 1.5
-        "strong": 1.7
     test_train.py::test_the_vision_tower_stands_and_the_language_model_moves
         vlm.freeze_vision(model)
         pass

@@ -24,11 +24,10 @@ from rr1.evaluation.statistics import (
     paired_difference,
     wilson,
 )
+from rr1.records import LEVELS, level
 from rr1.rewards import match_types, r_deg, r_len
 
 FORMS = ("choice", "open", "caption")
-# strength of the damage: from which total intensity on it is called so; none: there is no damage
-LEVELS = {"none": 0.0, "light": 0.0, "medium": 0.75, "strong": 1.5}
 GRADES = ("low", "mid", "high")  # a benchmark's own
 Rows = Sequence[dict]
 
@@ -111,14 +110,6 @@ def score(row: dict) -> tuple[float, bool]:
 # ---------------------------------------------------------------- many
 
 
-def level(total: float) -> str:
-    """Of a damaged picture: light (below 0.75), medium (below 1.5) or strong."""
-    for name in ("strong", "medium"):
-        if total >= LEVELS[name]:
-            return name
-    return "light"
-
-
 def measures(judged: Rows) -> dict:
     """name -> (numerators, denominators), one for each record: every measure is sum / sum.
 
@@ -179,8 +170,6 @@ def strength(row: dict) -> str | None:
         return row["strength"]
     if row["degradations"] is None:
         return None
-    if not row["true_types"]:
-        return "none"
     return level(row["total"])
 
 
