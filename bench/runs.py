@@ -10,8 +10,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from rr1 import files
 from rr1.evaluation import metrics
-from rr1.files import read_lines, same_settings, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,9 +20,7 @@ def begin(config, free: set[str]) -> Path:
     """Make config.out, or go on with it; SystemExit if it was begun with another configuration.
     The fields in `free` may differ."""
     out = Path(config.out)
-    same_settings(out / "config.json", asdict(config), free)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", asdict(config))
+    files.begin(out, asdict(config), free)
     return out
 
 
@@ -78,7 +76,7 @@ def finished(folder: Path, steps: int | None) -> bool:
 def seconds(folder: Path) -> list[float]:
     """What each step of a run took."""
     steps = []
-    for row in read_lines(folder / "metrics.jsonl"):
+    for row in files.read_lines(folder / "metrics.jsonl"):
         steps.append(
             sum(value for name, value in row.items() if name.startswith("seconds"))
         )
@@ -93,7 +91,7 @@ def steps_in(total: float, probe: Path, warm: int = 2) -> int:
 
 def read_rows(path: Path) -> list[dict]:
     """Judged predictions on damaged pictures."""
-    return metrics.damaged([metrics.judge(row) for row in read_lines(path)])
+    return metrics.damaged([metrics.judge(row) for row in files.read_lines(path)])
 
 
 def same_records(mode: str, models: dict[str, list[dict]], first: str) -> None:

@@ -46,10 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     device = runtime.setup().device
     model = Restorer.from_pretrained(config.model).to(device)
     out = Path(config.out)
-    settings = asdict(config)
-    files.same_settings(out / "config.json", settings, free={"batch", "data", "out"})
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "config.json", settings)
+    files.begin(out, asdict(config), free={"batch", "data", "out"})
     for path in config.data or [tiny.dataset("train"), tiny.dataset("test")]:
         found = data.split(records.read(path, config.images), config.part)
         write_data_set(model, found, Path(path).stem, config)
