@@ -35,7 +35,7 @@ def answers(
     model.eval().requires_grad_(False)
     rows = []
     for start in range(0, len(found), 64):
-        part = [found[i] for i in range(start, min(start + 64, len(found)))]
+        part = list(found[start : start + 64])
         rows += _answered(model, processor, part, plain, condition, start, **sampling)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, files.lines_of(rows))
