@@ -1,7 +1,6 @@
 """Runs of the scripts in processes of their own, for the comparisons in this folder. What is
 finished stays, what was begun goes on."""
 
-import json
 import os
 import subprocess
 import sys
@@ -24,12 +23,12 @@ def begin(config, free: set[str]) -> Path:
     return out
 
 
-def train(config, tasks: dict[str, list], steps: int | None = None) -> None:
+def train(config, tasks: dict[str, list]) -> None:
     """Train what is not finished yet; each run goes into a folder of its name."""
     unfinished = {}
     for name, command in tasks.items():
         folder = Path(config.out) / name
-        if not finished(folder, steps):
+        if not (folder / "model" / "config.json").exists():
             unfinished[name] = [*command, "--out", folder, "--resume"]
     run_all(config, unfinished)
 
@@ -59,18 +58,6 @@ def run_one(out: Path, environment: dict[str, str], task: tuple[str, list]) -> N
             f"{name} failed with status {done.returncode}; the end of {log}:\n{end}"
         )
     print(f"{name}: done", flush=True)
-
-
-def finished(folder: Path, steps: int | None) -> bool:
-    """Whether this run is complete; SystemExit if it was one of another number of steps."""
-    if not (folder / "model" / "config.json").exists():
-        return False
-    was = json.loads((folder / "config.json").read_text())["steps"]
-    if steps not in (None, was):
-        raise SystemExit(
-            f"{folder} holds a run of {was} steps: give --steps {was}, or another --out"
-        )
-    return True
 
 
 def seconds(folder: Path) -> list[float]:
