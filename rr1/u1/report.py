@@ -36,7 +36,6 @@ class Config:
         None, "Euler steps of a recovery; default: the model's own", low=1
     )
     encoder: str = opt(tiny.BASE, "of R_sem: a Qwen2.5-VL or a CLIP, folder or hub id")
-    seed: int = opt(0, "of the noise that recovery starts from")
     out: str = opt("runs/report-recovery", "folder of the report")
 
 
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     changed = (damaged != clean).flatten(1).any(1)  # (N,)
     damaged, clean = damaged[changed], clean[changed]
 
-    seeds = [data.seed_for(config.seed, i) for i in range(len(damaged))]
+    seeds = [data.seed_for(0, i) for i in range(len(damaged))]
     recovered = recover(model, damaged, seeds, config.steps).cpu()
     encoder = rewards.load_encoder(config.encoder, device)
     before = measure(damaged, clean, encoder)
