@@ -371,8 +371,8 @@ rr1/rewards.py
         return 1 - abs(length - truth_length) / truth_length
         return 1 - abs(length - truth_length) / length
     test_rewards.py::test_accuracy_of_a_choice
-        return float(choice_index(answer, choices) == right)
-        return float(plain(answer) == plain(truth))
+        right, _ = is_right(answer, truth, choices)
+        right = plain(answer) == plain(truth)
     test_rewards.py::test_rewards_read_the_records_damage_and_not_its_chain
         record["degradations"])
         record["chain"].degradations)
