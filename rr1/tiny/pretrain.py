@@ -199,15 +199,10 @@ def train(
         for name, value in {"loss": loss.item(), **read}.items():
             sums[name] += value / 50
         if rt.is_main and step % 50 == 0:
-            row = {
-                "phase": done.stem,
-                "step": step,
-                "minutes": (time.perf_counter() - began) / 60,
-            }
-            row = {
-                name: value if name == "phase" else round(value, 4)
-                for name, value in (row | sums).items()
-            }
+            row = {"phase": done.stem, "step": step}
+            sums["minutes"] = (time.perf_counter() - began) / 60
+            for name, value in sums.items():
+                row[name] = round(value, 4)
             files.append_lines(done.parent / "metrics.jsonl", [row])
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             sums.clear()
