@@ -530,8 +530,8 @@ rr1/evaluation/statistics.py
         means.append(cell.mean())
         means.append(cell.sum() / n)
     test_metrics.py::test_paired_difference
-        bootstrap(np.subtract(after, before), seed=seed)
-        bootstrap(np.subtract(after, before[::-1]), seed=seed)
+        bootstrap(np.subtract(after, before))
+        bootstrap(np.subtract(after, before[::-1]))
     test_metrics.py::test_mcnemar_known_values
         min(1.0, 2 * ways / 2**n)
         min(1.0, ways / 2**n)

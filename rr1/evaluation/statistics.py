@@ -34,9 +34,7 @@ def wilson(right: float, n: int) -> Estimate:
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def bootstrap(
-    numerators: Values, denominators: Values | None = None, seed: int = 0
-) -> Estimate:
+def bootstrap(numerators: Values, denominators: Values | None = None) -> Estimate:
     """sum(numerators) / sum(denominators) over records, which are resampled; percentile interval.
 
     Without denominators it is the mean. n counts the records whose denominator is not 0.
@@ -48,13 +46,13 @@ def bootstrap(
     n = int(np.count_nonzero(below))
     if n == 0:
         return NOTHING
-    picks = _picks(len(above), seed)
+    picks = _picks(len(above))
     with np.errstate(invalid="ignore"):  # a resample in which nothing counts is no number
         draws = above[picks].sum(1) / below[picks].sum(1)
     return _estimate(above.sum() / below.sum(), draws, n)
 
 
-def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
+def bootstrap_cells(cells: Sequence[Values]) -> Estimate:
     """The plain mean of the cells' means, each cell resampled within itself.
 
     Empty cells are left out. n: observations.
@@ -65,12 +63,12 @@ def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
     means, draws = [], []
     for i, cell in enumerate(cells):
         means.append(cell.mean())
-        picks = _picks(len(cell), seed + i)
+        picks = _picks(len(cell), i)
         draws.append(cell[picks].mean(1))  # (DRAWS,)
     return _estimate(np.mean(means), np.mean(draws, 0), sum(map(len, cells)))
 
 
-def paired_difference(after: Values, before: Values, seed: int = 0) -> Estimate:
+def paired_difference(after: Values, before: Values) -> Estimate:
     """How much `after` is above `before` in the mean: what makes a record hard falls out.
 
     Both are over the same records in the same order; ValueError if there are not as many.
@@ -78,7 +76,7 @@ def paired_difference(after: Values, before: Values, seed: int = 0) -> Estimate:
     if len(after) != len(before):
         counts = f"{len(after)} records after and {len(before)} before"
         raise ValueError(f"{counts}: a paired difference needs the same records")
-    return bootstrap(np.subtract(after, before), seed=seed)
+    return bootstrap(np.subtract(after, before))
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -92,8 +90,8 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * ways / 2**n)
 
 
-def _picks(n: int, seed: int) -> np.ndarray:
-    """(DRAWS, n) records, drawn with replacement."""
+def _picks(n: int, seed: int = 0) -> np.ndarray:
+    """(DRAWS, n) records, drawn with replacement; the same whenever they are drawn."""
     return np.random.default_rng(seed).integers(n, size=(DRAWS, n))
 
 
