@@ -70,9 +70,9 @@ def seconds(folder: Path) -> list[float]:
     return steps
 
 
-def steps_in(total: float, probe: Path, warm: int = 2) -> int:
-    """How many steps like those of a short run, the first ones left out, take `total` seconds."""
-    each = sorted(seconds(probe)[warm:])
+def steps_in(total: float, probe: Path) -> int:
+    """How many steps like those of a short run, the first two left out, take `total` seconds."""
+    each = sorted(seconds(probe)[2:])
     return max(1, round(total / each[len(each) // 2]))
 
 

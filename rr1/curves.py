@@ -66,9 +66,9 @@ def curve_of(rows: Sequence[Mapping], name: str) -> np.ndarray:
     return np.array(points, float)
 
 
-def smooth(values: Sequence[float], share: float = 1 / 15) -> np.ndarray:
-    """Moving average over this share of the curve, over what there is of it at the ends."""
-    half = int(len(values) * share / 2)
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Moving average over a fifteenth of the curve, over what there is of it at the ends."""
+    half = len(values) // 30
     window = np.ones(2 * half + 1)
     there = np.ones(len(values))
     sums = np.convolve(values, window, "same")

@@ -35,6 +35,8 @@ from rr1.tiny.lessons import Batches
 from rr1.tiny.model import build_model, build_processor
 from rr1.vlm import Processor, Prompt, encode_images, group_logps, make_prompt
 
+SIZE = 0.3  # of features and embeddings
+
 
 class Heads(nn.Module):
     """Linear read-outs of the merged features: the shape and colour at each token and where it
@@ -124,18 +126,18 @@ def language_loss(
 
 
 @torch.no_grad()
-def same_size(model, heads: Heads, batch: dict, size: float = 0.3) -> None:
+def same_size(model, heads: Heads, batch: dict) -> None:
     """Scale the features, by the merger's last layer, and the embeddings to a root mean square
-    of `size`; the read-outs of the features stay what they were."""
+    of SIZE; the read-outs of the features stay what they were."""
     features = torch.cat(encode_images(model, batch["pixel_values"], batch["grid"]))
-    factor = size / features.square().mean().sqrt()
+    factor = SIZE / features.square().mean().sqrt()
     last = model.model.visual.merger.mlp[-1]
     last.weight.mul_(factor)
     last.bias.mul_(factor)
     for head in heads.read.values():
         head.weight.div_(factor)
     embeddings = model.get_input_embeddings().weight
-    embeddings.mul_(size / embeddings.square().mean().sqrt())
+    embeddings.mul_(SIZE / embeddings.square().mean().sqrt())
 
 
 @dataclass
