@@ -143,13 +143,11 @@ def respond(
     responses = []
     for found in sampled:
         said = processor.decode(found.ids)
-        said = render(Chain(answer=_untagged(said))) if plain else said
+        if plain:
+            untagged = said.replace("<", "").replace(">", "")
+            said = render(Chain(answer=untagged))
         responses.append(rewards.Response(said, found.length, found.truncated))
     return responses
-
-
-def _untagged(text: str) -> str:
-    return text.replace("<", "").replace(">", "")
 
 
 def truth(view: View, question: str, processor: vlm.Processor) -> dict:
