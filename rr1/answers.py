@@ -44,4 +44,6 @@ def short_answer(record: dict) -> str | None:
     if record.get("form") == "caption" and "benchmark" not in record:
         return record.get("caption") or record["chain"].conclusion
     answer = record["answer"]
-    return None if answer is None else str(answer)
+    if answer is None:
+        return None
+    return str(answer)
