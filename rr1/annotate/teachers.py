@@ -174,11 +174,9 @@ class ChatTeacher:
         self.max_cost = math.inf if max_cost is None else max_cost
         self.spent = 0.0
         self._under_way: list[float] = []  # dollars that each request under way may cost
-        self._ratio: dict[
-            str, float
-        ] = {}  # step -> tokens read over those estimated, the most
+        self._ratio = {}  # step -> tokens read over those estimated, the most
         self._lock = threading.Condition()
-        self._receipts: dict[str, dict] = {}
+        self._receipts = {}  # key -> line of the file
         for receipt in files.read_lines(answers):
             self.spent += receipt["cost"]
             self._receipts[receipt["key"]] = receipt
