@@ -67,7 +67,7 @@ class Config:
     # answers
     max_new_tokens: int = opt(128, "longest response", low=1)
     temperature: float = opt(0.0, "0: the likeliest token always; 1: sample")
-    seed: int = opt(0, "fixes the damage of Table 2, what is sampled and the bootstrap")
+    seed: int = opt(0, "fixes the damage of Table 2 and what is sampled")
     min_pixels: int = opt(
         0, "enlarge smaller pictures to so many pixels; 0: the checkpoint's own"
     )
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
                 votes.vote(
                     found, config.judge, config.judge_model, out / name / "votes.jsonl"
                 )
-        write_report(out, rows, config.seed)
+        write_report(out, rows)
     runtime.teardown(rt)
 
 
@@ -182,7 +182,7 @@ def how_asked(config: Config, name: str, checkpoint: str) -> dict:
     }
 
 
-def write_report(out: Path, rows: dict, seed: int) -> None:
+def write_report(out: Path, rows: dict) -> None:
     """Score the predictions; print and write report.txt, write report.json and the plots.
 
     The first model is what the others are compared with, question by question.
@@ -192,10 +192,10 @@ def write_report(out: Path, rows: dict, seed: int) -> None:
             raise SystemExit(
                 f"{out} holds no predictions of {name}: run without --score-only"
             )
-    reports = {name: report.of_model(found, seed) for name, found in rows.items()}
+    reports = {name: report.of_model(found) for name, found in rows.items()}
     first, *others = rows
     for name in others:
-        reports[name]["versus"] = metrics.versus(rows[name], rows[first], seed)
+        reports[name]["versus"] = metrics.versus(rows[name], rows[first])
     text = report.as_text(reports)
     print(text)
     files.write_text(out / "report.txt", text + "\n")

@@ -25,8 +25,6 @@ which is read as a one-to-one matching.
 Shapes: B prompts a step, G responses each, n prompts in a micro-batch, L tokens.
 """
 
-from __future__ import annotations
-
 import os
 
 # before torch is imported: threads that wait must not spin, or other work stalls them
@@ -130,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     formula = load_rewards(config)
     rt = runtime.setup(config.seed)
     runtime.check_even(rt, "--prompts", config.prompts)
-    run = run_folder.RunFolder(config, rt, PANELS, training.FREE, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, training.FREE)
     found = training.load_records(config, rt)
     policy, processor = training.load_model(config, rt)
     check = partial(check_record, config, processor, policy)

@@ -28,8 +28,6 @@ Differences from the paper:
 The equations are in rr1/u1/flow.py and docs/learn/recover.md.
 """
 
-from __future__ import annotations
-
 import os
 
 # before torch is imported: threads that wait must not spin, or other work stalls them
@@ -146,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         source = pairs.load_source(config.data, config.side)
     shown = pairs.held_out(source, 8)  # damaged, clean
     encoder = rewards.load_encoder(config.encoder, rt.device)
-    free = {"save_every", "tracker"}
-    run = RunFolder(config, rt, free=free, tracker=config.tracker)
+    run = RunFolder(config, rt, free={"save_every", "tracker"})
 
     model = model.to(rt.device)
     optimizer = runtime.build_optimizer(model, config.lr, WEIGHT_DECAY)

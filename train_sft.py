@@ -25,8 +25,6 @@ is split.
 Shapes: n records in a micro-batch, L response tokens.
 """
 
-from __future__ import annotations
-
 import os
 
 # before torch is imported: threads that wait must not spin, or other work stalls them
@@ -87,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
     rt = runtime.setup(config.seed)
     runtime.check_even(rt, "--batch", config.batch)
-    run = run_folder.RunFolder(config, rt, PANELS, training.FREE, tracker=config.tracker)
+    run = run_folder.RunFolder(config, rt, PANELS, training.FREE)
     found = training.load_records(config, rt)
     model, processor = training.load_model(config, rt)
     check = partial(check_record, config, processor, model)

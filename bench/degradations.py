@@ -1,13 +1,11 @@
 """Speed of the sixteen degradations: ms on one core, 640 x 480, s = 0.9.
 
     python bench/degradations.py
-    python bench/degradations.py --repeats 41
 
-A figure is the median over the repeats of the thread's own time.
+A figure is the median over 21 repeats of the thread's own time.
 Exit status 1 if the mean over the ops is more than 5 ms, or one of them takes more than 20 ms.
 """
 
-import argparse
 import sys
 import time
 
@@ -17,6 +15,7 @@ import numpy as np
 from degrade import DEGRADATIONS, degrade
 
 LARGEST_MEAN, LARGEST = 5.0, 20.0  # ms
+REPEATS = 21
 
 
 def scene() -> np.ndarray:
@@ -25,17 +24,14 @@ def scene() -> np.ndarray:
     return cv2.resize(knots, (640, 480), interpolation=cv2.INTER_CUBIC)
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=21)
-    repeats = parser.parse_args(argv).repeats
+def main() -> int:
     cv2.setNumThreads(1)
     image = scene()
     print(f"OpenCV {cv2.__version__}, numpy {np.__version__}; ms")
     ours = []
     for name in DEGRADATIONS:
         times = []
-        for seed in range(repeats + 2):  # the first two warm up
+        for seed in range(REPEATS + 2):  # the first two warm up
             start = time.thread_time()
             degrade(image, [(name, 0.9)], seed)
             times.append(1e3 * (time.thread_time() - start))

@@ -11,8 +11,6 @@ count. All sample the same number of new tokens (the end of turn is suppressed),
 say what each computed. Memory is the peak of each process.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

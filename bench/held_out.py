@@ -1,8 +1,6 @@
 """How a checkpoint answers the drawn world's held-out records, also with the picture blanked or
 the damage forced."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +35,7 @@ def answers(
     model.eval().requires_grad_(False)
     rows = []
     for start in range(0, len(found), 64):
-        part = [found[i] for i in range(start, min(start + 64, len(found)))]
+        part = list(found[start : start + 64])
         rows += _answered(model, processor, part, plain, condition, start, **sampling)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, files.lines_of(rows))
@@ -124,7 +122,4 @@ def difference(
     after: Sequence[Sequence[dict]], before: Sequence[Sequence[dict]], name: str = "score"
 ) -> Estimate:
     """Paired by record, the mean over seeds of each side."""
-    return paired_difference(
-        (over_seeds(after, name), None),
-        (over_seeds(before, name), None),
-    )
+    return paired_difference(over_seeds(after, name), over_seeds(before, name))

@@ -3,8 +3,6 @@
 It says for each quarter of a picture which shape of which colour is there, or none.
 """
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -3,36 +3,28 @@
 python bench/overview.py                # after train_grpo.py; writes docs/overview.png
 """
 
-from __future__ import annotations
-
 import tempfile
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import held_out
 import matplotlib.image
 from matplotlib.figure import Figure
 
-from rr1 import files, records, runtime, tiny
-from rr1.runtime import opt
+from rr1 import files, records, tiny
+from rr1.curves import curve_of
+
+RUN = Path("runs/grpo")
+RECORD = 26  # of the held-out data
+CURVES = ("reward/deg", "reward/len")
+OUT = "docs/overview.png"
 
 
-@dataclass
-class Config:
-    run: str = opt("runs/grpo", "folder of a GRPO run: its model and its metrics are shown")
-    record: int = opt(26, "which record of the held-out data to show")
-    curves: list[str] = opt(["reward/deg", "reward/len"], "names in metrics.jsonl")
-    out: str = opt("docs/overview.png", "picture to write")
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = runtime.parse_config(Config, argv, __doc__)
-    record = records.read(tiny.dataset("test"))[config.record]
+def main() -> None:
+    record = records.read(tiny.dataset("test"))[RECORD]
     with tempfile.TemporaryDirectory() as folder:
-        [row] = held_out.answers(
-            f"{config.run}/model", [record], Path(folder) / "one", plain=False
-        )
+        one = Path(folder) / "one"
+        [row] = held_out.answers(str(RUN / "model"), [record], one, plain=False)
 
     figure = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
     clean, damaged, text, curve = figure.subplots(1, 4, width_ratios=[1, 1, 2, 1.5])
@@ -49,14 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     chain = "\n".join(textwrap.fill(line, 62) for line in lines)
     text.text(0, 1, chain, va="top", family="monospace", fontsize=8)
     text.axis("off")
-    metrics = files.read_lines(Path(config.run) / "metrics.jsonl")
-    for name in config.curves:
-        points = [(m["step"], m[name]) for m in metrics if name in m]
-        curve.plot(*zip(*points), label=name)
+    metrics = files.read_lines(RUN / "metrics.jsonl")
+    for name in CURVES:
+        curve.plot(*curve_of(metrics, name).T, label=name)
     curve.set(xlabel="GRPO step", ylabel="mean over the responses")
     curve.legend(frameon=False, fontsize=8)
-    files.save_figure(figure, config.out)
-    print("written:", config.out)
+    files.save_figure(figure, OUT)
+    print("written:", OUT)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """Runs of the scripts in processes of their own, for the comparisons in this folder. What is
 finished stays, what was begun goes on."""
 
-from __future__ import annotations
-
-import json
 import os
 import subprocess
 import sys
@@ -12,8 +9,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from rr1 import files
 from rr1.evaluation import metrics
-from rr1.files import read_lines, same_settings, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,18 +19,16 @@ def begin(config, free: set[str]) -> Path:
     """Make config.out, or go on with it; SystemExit if it was begun with another configuration.
     The fields in `free` may differ."""
     out = Path(config.out)
-    same_settings(out / "config.json", asdict(config), free)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", asdict(config))
+    files.begin(out, asdict(config), free)
     return out
 
 
-def train(config, tasks: dict[str, list], steps: int | None = None) -> None:
+def train(config, tasks: dict[str, list]) -> None:
     """Train what is not finished yet; each run goes into a folder of its name."""
     unfinished = {}
     for name, command in tasks.items():
         folder = Path(config.out) / name
-        if not finished(folder, steps):
+        if not (folder / "model" / "config.json").exists():
             unfinished[name] = [*command, "--out", folder, "--resume"]
     run_all(config, unfinished)
 
@@ -65,37 +60,25 @@ def run_one(out: Path, environment: dict[str, str], task: tuple[str, list]) -> N
     print(f"{name}: done", flush=True)
 
 
-def finished(folder: Path, steps: int | None) -> bool:
-    """Whether this run is complete; SystemExit if it was one of another number of steps."""
-    if not (folder / "model" / "config.json").exists():
-        return False
-    was = json.loads((folder / "config.json").read_text())["steps"]
-    if steps not in (None, was):
-        raise SystemExit(
-            f"{folder} holds a run of {was} steps: give --steps {was}, or another --out"
-        )
-    return True
-
-
 def seconds(folder: Path) -> list[float]:
     """What each step of a run took."""
     steps = []
-    for row in read_lines(folder / "metrics.jsonl"):
+    for row in files.read_lines(folder / "metrics.jsonl"):
         steps.append(
             sum(value for name, value in row.items() if name.startswith("seconds"))
         )
     return steps
 
 
-def steps_in(total: float, probe: Path, warm: int = 2) -> int:
-    """How many steps like those of a short run, the first ones left out, take `total` seconds."""
-    each = sorted(seconds(probe)[warm:])
+def steps_in(total: float, probe: Path) -> int:
+    """How many steps like those of a short run, the first two left out, take `total` seconds."""
+    each = sorted(seconds(probe)[2:])
     return max(1, round(total / each[len(each) // 2]))
 
 
 def read_rows(path: Path) -> list[dict]:
     """Judged predictions on damaged pictures."""
-    return metrics.damaged([metrics.judge(row) for row in read_lines(path)])
+    return metrics.damaged([metrics.judge(row) for row in files.read_lines(path)])
 
 
 def same_records(mode: str, models: dict[str, list[dict]], first: str) -> None:

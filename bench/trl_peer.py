@@ -1,8 +1,5 @@
 """TRL's GRPOTrainer on a Qwen2.5-VL without torchvision: the other side of bench/grpo.py."""
 
-from __future__ import annotations
-
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rr1 import vlm
 from rr1.chain import INSTRUCTION
+from rr1.files import read_lines
 
 PLACEHOLDER = "<|image_pad|>"
 
@@ -68,8 +66,7 @@ class WithoutVideo(ProcessorMixin):
 def rows(folder: Path) -> list[dict]:
     """What bench/grpo.py wrote, in TRL's form."""
     found = []
-    for line in (folder / "train.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in read_lines(folder / "train.jsonl"):
         question = record["conversations"][0]["value"].removeprefix("<image>")
         turn = {"role": "user", "content": question + "\n" + INSTRUCTION}
         image = Image.open(folder / record["image"]).convert("RGB")

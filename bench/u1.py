@@ -285,7 +285,7 @@ def rows_of(
 
 
 def paired(rows: list[dict], chain: list[dict]) -> str:
-    scores = [([row["score"] for row in found], None) for found in (rows, chain)]
+    scores = [metrics.scores_of(found) for found in (rows, chain)]
     return interval(paired_difference(*scores)._asdict())
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Three rewards, two seeds, then the comparison: six runs of 60 steps, the two seeds of a reward side by side, each with half of the cores.
 # Interrupted? Run it again: it goes on where it was.
-#     bash examples/sweep.sh            # -> runs/sweep/compare/curves.png, table.md
+#     bash examples/sweep.sh            # -> runs/sweep/compare/curves.png, runs/sweep/eval/report.txt
 set -euo pipefail
 out=runs/sweep steps=${STEPS:-60} cores=$(getconf _NPROCESSORS_ONLN)
 models=()
@@ -13,7 +13,7 @@ for setting in "deg-len|deg len" "deg|deg" "brief|deg len examples/brevity.py:br
         models+=("$name=$out/$name/model")
         [ -e "$out/$name/model" ] && continue
         echo "$name: see $out/$name.log"
-        OMP_NUM_THREADS=$(((cores + 1) / 2)) python train_grpo.py --rewards ${setting#*|} --seed "$seed" --steps "$steps" --save-every 10 \
+        OMP_NUM_THREADS=$(((cores + 1) / 2)) python train_grpo.py --rewards ${setting#*|} --seed "$seed" --steps "$steps" --save-every 10 --eval-every 10 \
             --resume --out "$out/$name" >> "$out/$name.log" 2>&1 &
         running+=($!)
     done
@@ -22,4 +22,4 @@ for setting in "deg-len|deg len" "deg|deg" "brief|deg len examples/brevity.py:br
     done
 done
 python evaluate.py --models "${models[@]}" --no-table-2 --out "$out/eval"
-python -m rr1.evaluation.compare "$out"/{deg-len,deg,brief}-{0,1} --evaluation "$out/eval" --out "$out/compare"
+python -m rr1.evaluation.compare "$out"/{deg-len,deg,brief}-{0,1} --out "$out/compare"

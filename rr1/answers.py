@@ -18,6 +18,16 @@ def choice_index(answer: str | int, choices: Sequence[str]) -> int | None:
     return None
 
 
+def is_right(answer: str, truth: str, choices: Sequence[str] | None) -> tuple[bool, bool]:
+    """(whether the answer is the true one, whether it could be read): as a choice, if there are
+    choices and the truth is one, else as a text."""
+    right = choice_index(truth, choices) if choices else None
+    if right is None:
+        return plain(answer) == plain(truth), True
+    picked = choice_index(answer, choices)
+    return picked == right, picked is not None
+
+
 def plain(text: str | int) -> str:
     """Words in lower case, without punctuation, one space between them."""
     text = str(text).casefold()
@@ -34,4 +44,6 @@ def short_answer(record: dict) -> str | None:
     if record.get("form") == "caption" and "benchmark" not in record:
         return record.get("caption") or record["chain"].conclusion
     answer = record["answer"]
-    return None if answer is None else str(answer)
+    if answer is None:
+        return None
+    return str(answer)

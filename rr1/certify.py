@@ -16,8 +16,6 @@ The exit status is 0 if all is within the limits: 1e-9 in float64, in which the 
 library rounds to float32) are computed whole, and 1e-4 in float32. bfloat16 (autocast) is printed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -5,8 +5,6 @@
 It is tried on 200 random cases beside the library's function.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -129,11 +129,14 @@ class ChatClient:
             )
             return raw.http_response.json()
         except self._openai.APIStatusError as error:
-            if error.status_code == 400 and "max_completion_tokens" in str(error) and limit:
-                new_limit = {"max_completion_tokens": list(limit.values())[0]}
-                if new_limit != limit:  # models that think first want the new name
-                    self._limit = new_limit
-                    return self._request(message)
+            new_name = "max_completion_tokens"  # wanted by models that think first
+            if (
+                error.status_code == 400
+                and new_name in str(error)
+                and "max_tokens" in limit
+            ):
+                self._limit = {new_name: self.max_tokens}
+                return self._request(message)
             raise self._meaning(error) from None
         except self._openai.APIConnectionError as error:
             if self.stopped.is_set():

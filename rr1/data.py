@@ -70,7 +70,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def open_pictures(
-    record: dict, processor: Processor, max_image_tokens: int = 0
+    record: dict, processor: Processor, max_image_tokens: int
 ) -> list[Image.Image]:
     """A record's pictures; DataError with the record's line where they cannot be used.
 

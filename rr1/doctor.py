@@ -45,8 +45,8 @@ class Rule(NamedTuple):
     metric: str
     beyond: Callable[[float, float], bool]
     limit: float
-    of_start: bool  # the limit is a multiple of the mean over the first steps
     advice: str  # {option} stands for the run's own
+    of_start: bool = False  # the limit is a multiple of the mean over the first steps
 
 
 RULES = [
@@ -55,7 +55,6 @@ RULES = [
         "zero_std",
         gt,
         ZERO_SPREAD,
-        False,
         "more varied prompts, a finer reward, or a higher --temperature (now {temperature})",
     ),
     Rule(
@@ -63,31 +62,30 @@ RULES = [
         "entropy",
         lt,
         ENTROPY,
-        True,
         "the responses become alike: lower --lr (now {lr}) or raise --beta (now {beta})",
+        of_start=True,
     ),
     Rule(
         "length running away",
         "length",
         gt,
         LONGER,
-        True,
         "a reward pays for words: read rollouts.jsonl, keep len among --rewards",
+        of_start=True,
     ),
     Rule(
         "length falling away",
         "length",
         lt,
         SHORTER,
-        True,
         "a reward pays for brevity: read rollouts.jsonl, keep len and format among --rewards",
+        of_start=True,
     ),
     Rule(
         "KL exploding",
         "kl",
         gt,
         KL,
-        False,
         "start again with a lower --lr (now {lr}) or a higher --beta (now {beta})",
     ),
     Rule(
@@ -95,7 +93,6 @@ RULES = [
         "truncated",
         gt,
         CUT_OFF,
-        False,
         "raise --max-new-tokens (now {max_new_tokens}); where text repeats itself, lower --lr",
     ),
     Rule(
@@ -103,7 +100,6 @@ RULES = [
         "sampler_gap",
         gt,
         APART,
-        False,
         "they compute different models: python -m rr1.certify --model {model}",
     ),
     Rule(
@@ -111,7 +107,6 @@ RULES = [
         "skipped",
         gt,
         0.0,
-        False,
         "such a step is not taken: lower --lr (now {lr}), look for odd records in that step",
     ),
 ]

@@ -13,8 +13,6 @@ Shapes: packed rows (B, N) hold R responses in all; P tokens of the longest prom
 response; `shared` key heads, each for `share` of the heads; q new tokens a row, n columns so far.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

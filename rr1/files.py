@@ -82,18 +82,6 @@ def cut_back(path: Path, step: int) -> list[dict]:
     return rows
 
 
-def differences(old: Mapping, new: Mapping, free: Iterable[str] = ()) -> list[str]:
-    """A line for each of the new settings that differs from the old, but for those in `free`.
-
-    A setting that only the old ones have is one that an earlier version had: it says nothing.
-    """
-    lines = []
-    for name in sorted(set(new) - set(free)):
-        if old.get(name) != new[name]:
-            lines.append(f"  {name}: was {old.get(name)!r}, now {new[name]!r}")
-    return lines
-
-
 def same_settings(
     path: str | Path,
     settings: Mapping,
@@ -101,16 +89,32 @@ def same_settings(
     advice: str = "Give the old values, or another --out.",
     defaults: Mapping | None = None,
 ) -> None:
-    """SystemExit, with what differs, if the JSON file `path` holds other settings than these.
+    """SystemExit, with what differs, if the JSON file `path` holds other settings than these, but
+    for those in `free`.
 
-    A setting that the file does not have yet is taken to have been its value in `defaults`.
+    A setting that the file does not have yet is taken to have been its value in `defaults`. One
+    that only the file has is one that an earlier version had: it says nothing.
     """
     path = Path(path)
     if not path.exists():
         return
     old = {**(defaults or {}), **json.loads(path.read_text(encoding="utf-8"))}
-    changed = differences(old, json.loads(to_json(settings)), free)
+    new = json.loads(to_json(settings))
+    changed = []
+    for name in sorted(set(new) - set(free)):
+        if old.get(name) != new[name]:
+            changed.append(f"  {name}: was {old.get(name)!r}, now {new[name]!r}")
     if changed:
         raise SystemExit(
             "\n".join([f"{path.parent} was begun with other settings:", *changed, advice])
         )
+
+
+def begin(
+    folder: Path, settings: Mapping, free: Iterable[str], defaults: Mapping | None = None
+) -> None:
+    """Make a folder with these settings in config.json, or go on with it: `same_settings`."""
+    path = folder / "config.json"
+    same_settings(path, settings, free, defaults=defaults)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)

@@ -4,8 +4,6 @@ them, and what is written to be read.
 Shapes: B prompts, G responses each, n prompts in a micro-batch, L tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

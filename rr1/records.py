@@ -46,6 +46,8 @@ ROLES = {
     "assistant": "gpt",
     "system": "system",
 }
+# from which total intensity on damage is called so
+LEVELS = {"none": 0.0, "light": 0.0, "medium": 0.75, "strong": 1.5}
 MARKS_IN_FRONT = re.compile(rf"(\s*{IMAGE})*")
 
 
@@ -216,6 +218,14 @@ def one_line_errors() -> Iterator[None]:
             sys.stdout.flush()
             os._exit(2)  # leaving in good order, it would wait for the others
         raise SystemExit(2) from None
+
+
+def level(total: float) -> str:
+    """The strength of damage: none, light, medium or strong, by its total intensity."""
+    for name in ("strong", "medium"):
+        if total >= LEVELS[name]:
+            return name
+    return "light" if total else "none"
 
 
 def check_truth(record: dict, rewards: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 from degrade import Degradation
-from rr1.answers import choice_index, plain
+from rr1.answers import is_right
 from rr1.chain import Chain, is_well_formed, parse
 
 LARGEST = 3.4028234e38  # of float32, in which advantages are computed
@@ -176,10 +176,8 @@ def accuracy(response: Response, record: dict) -> float:
     )
     if not answer or truth is None:
         return 0.0
-    right = choice_index(truth, choices) if choices else None
-    if right is not None:
-        return float(choice_index(answer, choices) == right)
-    return float(plain(answer) == plain(truth))
+    right, _ = is_right(answer, truth, choices)
+    return float(right)
 
 
 def _deg(reading):

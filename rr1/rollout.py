@@ -12,8 +12,6 @@ Shapes: B prompts, G responses each, q of them still being written, P tokens of 
 n columns of the cache, H hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Sequence
 

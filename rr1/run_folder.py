@@ -10,8 +10,6 @@ rest to JSON. With several processes all of them call every method, in the same 
 same folder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -19,16 +17,15 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from rr1 import files, runtime, shard
+from rr1.curves import draw_curves
 from rr1.runtime import Runtime, barrier, random_states, set_random_states, updates_of
 
 SKIPPED = 3  # so many steps in a row without a finite gradient end a run
@@ -46,7 +43,6 @@ class RunFolder:
     panels    the plots of curves.png, {title: [names of metrics]}, `*` allowed; none: one a metric
     free      options, besides `FREE`, that may differ when a run goes on
     keep      how many checkpoints stay
-    tracker   None, "wandb" or "tensorboard"
     """
 
     config: Any
@@ -54,7 +50,6 @@ class RunFolder:
     panels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     free: Iterable[str] = ()
     keep: int = 2
-    tracker: str | None = None
 
     def __post_init__(self):
         self.out = Path(self.config.out)
@@ -109,10 +104,9 @@ class RunFolder:
         self.rows.append({"step": step, **finite})
         files.append_lines(self.out / "metrics.jsonl", self.rows[-1:])
         self.say(line)  # what is said to be done is on disk
-        if self.tracker:
-            self._track = self._track or open_tracker(
-                self.tracker, self.out, self.settings, step
-            )
+        name = self.config.tracker
+        if name:
+            self._track = self._track or open_tracker(name, self.out, self.settings, step)
             self._track(values, step)
         if time.monotonic() - self._drawn > 60:
             self.draw()
@@ -319,47 +313,3 @@ def open_tracker(
             writer.add_scalar(key, value, step)
 
     return track
-
-
-# ---------------------------------------------------------------- curves
-
-
-def draw_curves(
-    rows: Sequence[Mapping], panels: Mapping[str, Sequence[str]], path: Path, title: str
-) -> None:
-    """Plot rows of metrics over their steps: single steps light, a moving average over them."""
-    names: list[str] = []  # of what has a value anywhere
-    for row in rows:
-        drawn = [name for name, value in row.items() if value is not None]
-        names += [name for name in drawn if name not in ("step", *names)]
-    plots = {}
-    for heading, patterns in (panels or {name: [name] for name in names}).items():
-        shown = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
-        if shown:
-            plots[heading] = shown
-    columns = min(3, len(plots))
-    lines = math.ceil(len(plots) / columns)
-    size = (4.4 * columns, 2.8 * lines + 0.4)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    figure.suptitle(f"{title}, step {rows[-1]['step']}")
-    for place, (heading, shown) in enumerate(plots.items(), start=1):
-        axes = figure.add_subplot(lines, columns, place)
-        for name in shown:
-            there = [row for row in rows if row.get(name) is not None]
-            steps = [row["step"] for row in there]
-            values = [row[name] for row in there]
-            [line] = axes.plot(steps, values, ".-", markersize=3, linewidth=0.6, alpha=0.35)
-            axes.plot(steps, smooth(smooth(values)), color=line.get_color(), label=name)
-        axes.set_title(heading, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.grid(alpha=0.25)
-        if len(shown) > 1:
-            axes.legend(fontsize=7, frameon=False)
-    files.save_figure(figure, path)
-
-
-def smooth(values: Sequence[float], share: float = 1 / 15) -> np.ndarray:
-    """Moving average over this share of the curve, over what there is of it at the ends."""
-    window = np.ones(2 * int(len(values) * share / 2) + 1)
-    there = np.ones(len(values))
-    return np.convolve(values, window, "same") / np.convolve(there, window, "same")

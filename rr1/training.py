@@ -1,7 +1,5 @@
 """What the two training scripts share: options, how a run begins, a look at held-out records."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +19,6 @@ FREE = {
     "eval_data",
     "eval_records",
 }
-# from which total intensity on damage is called so
-LEVELS = {"none": 0.0, "light": 1e-9, "medium": 0.75, "strong": 1.5}
-
 PANELS = {
     "held out: right answers": ["eval/accuracy*"],
     "held out: rewards, F1 of types": ["eval/reward/*", "eval/f1"],
@@ -111,7 +106,7 @@ def held_out(
     plain = getattr(config, "plain", False)
     terms = {} if plain else formula
     means = Means()
-    names = ["accuracy", *(f"accuracy/{level}" for level in LEVELS)]
+    names = ["accuracy", *(f"accuracy/{level}" for level in records.LEVELS)]
     if terms:
         names += ["f1", *(f"reward/{name}" for name in terms)]
     for name in names:  # a process without records logs them, too
@@ -158,7 +153,6 @@ def judge(means: Means, y: rewards.Response, record: dict, terms: dict) -> None:
         means.add("f1", 2 * pairs, count=len(named) + len(true))
     if record["answer"] is not None:
         right = rewards.accuracy(y, record)
-        total = sum(s for _, s in true)
-        level = [level for level, least in LEVELS.items() if total >= least][-1]
+        level = records.level(sum(s for _, s in true))
         means.add("accuracy", right)
         means.add(f"accuracy/{level}", right)

@@ -371,8 +371,8 @@ rr1/rewards.py
         return 1 - abs(length - truth_length) / truth_length
         return 1 - abs(length - truth_length) / length
     test_rewards.py::test_accuracy_of_a_choice
-        return float(choice_index(answer, choices) == right)
-        return float(plain(answer) == plain(truth))
+        right, _ = is_right(answer, truth, choices)
+        right = plain(answer) == plain(truth)
     test_rewards.py::test_rewards_read_the_records_damage_and_not_its_chain
         record["degradations"])
         record["chain"].degradations)
@@ -420,6 +420,14 @@ rr1/records.py
         True and
         len(a) == len(b) and
         True and
+    test_metrics.py::test_level_borders
+        if total >= LEVELS[name]:
+        if total > LEVELS[name]:
+    test_train.py::test_right_answers_are_counted_by_the_total_intensity
+        "medium": 0.75
+        "medium": 0.85
+        "strong": 1.5
+        "strong": 1.7
     test_data.py::test_a_record_without_a_chain
         if "len" in rewards and not (isinstance(length, int) and length >= 1):
         if False:
@@ -522,8 +530,8 @@ rr1/evaluation/statistics.py
         means.append(cell.mean())
         means.append(cell.sum() / n)
     test_metrics.py::test_paired_difference
-        _resampled(above_then, below_then, picks)
-        _resampled(above_then, below_then, _picks(n, seed + 1))
+        bootstrap(np.subtract(after, before))
+        bootstrap(np.subtract(after, before[::-1]))
     test_metrics.py::test_mcnemar_known_values
         min(1.0, 2 * ways / 2**n)
         min(1.0, ways / 2**n)
@@ -535,9 +543,6 @@ rr1/evaluation/metrics.py
     test_metrics.py::test_table_1_by_hand
         for name, cell in cells.items() if not name.endswith("none")
         for name, cell in cells.items()
-    test_metrics.py::test_level_borders
-        if total >= LEVELS[name]:
-        if total > LEVELS[name]:
     test_metrics.py::test_versus_counts_what_turned_right_and_wrong
         gained = int((scores > scores_then).sum())
         gained = int((scores >= scores_then).sum())
@@ -706,10 +711,6 @@ rr1/training.py
     test_train.py::test_right_answers_are_counted_by_the_total_intensity
         2 * pairs, count
         pairs, count
-        "medium": 0.75
-        "medium": 0.85
-        "strong": 1.5
-        "strong": 1.7
     test_train.py::test_the_vision_tower_stands_and_the_language_model_moves
         vlm.freeze_vision(model)
         pass

@@ -1,4 +1,4 @@
-"""Runs over one another: which are one setting, curves and table, what is missing is named."""
+"""Runs over one another: which are one setting, their curves, what is missing is named."""
 
 import json
 import os
@@ -33,6 +33,7 @@ def write_run(folder: Path, steps=40, level=0.0, **config) -> Path:
             "step": t,
             "reward": level + t / 40 + rng.normal(0, 0.1),
             "reward/deg": 0.5,
+            "eval/f1": t / 40 if t % 10 == 0 else None,
             "kl": None if t == 1 else t / 1000,
             "lr": 1e-4,
         }
@@ -83,6 +84,7 @@ def test_three_seeds_are_a_band_with_raw_points_around_it(runs, tmp_path, monkey
     assert set(axes) == {
         "reward of the run itself",
         "reward/deg",
+        "eval/f1",
         "KL to the reference (nats a token)",
     }
     reward = axes["reward of the run itself"]
@@ -104,72 +106,12 @@ def test_three_seeds_are_a_band_with_raw_points_around_it(runs, tmp_path, monkey
     )  # a step without a number has no point
 
 
-def test_the_table_gives_each_run_its_held_out_figures(runs, tmp_path, capsys):
-    shared = {
-        "shown": "as is",
-        "form": "open",
-        "answer": "red",
-        "choices": None,
-        "plain": False,
-        "truncated": False,
-        "length": 8,
-        "truth_length": 10,
-    }
-    for run, intensity in zip(runs[:2], (0.2, 0.4)):
-        folder = tmp_path / "eval" / run.name
-        folder.mkdir(parents=True)
-        row = shared | {
-            "degradations": [{"type": "noise", "intensity": 0.2}],
-            "response": f"<TYPE>noise({intensity})<TYPE_END>\n<ANSWER>red<ANSWER_END>",
-        }
-        clean = row | {"degradations": []}
-        (folder / "predictions.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in (row, row, clean))
-        )
-    compare.main(
-        [
-            *map(str, runs[:2]),
-            "--evaluation",
-            str(tmp_path / "eval"),
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
-    text = (tmp_path / "out" / "table.md").read_text()
-    assert text.strip() in capsys.readouterr().out
-    header, _, *lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
-    ]
-    for line, intensity in zip(lines, (0.2, 0.4)):
-        cells = dict(zip(header, line))
-        r = rewards.r_deg([("noise", intensity)], [("noise", 0.2)])
-        assert (
-            cells["r_deg"] == f"{r:.3f} [{r:.3f}, {r:.3f}]"
-            and cells["pictures"] == "2"
-            and cells["r_len"].startswith("0.800")
-        )
-    assert [line[1] for line in lines] == ["paper-0", "paper-1"]
-
-
 def test_what_is_missing_is_named(runs, tmp_path):
     with pytest.raises(SystemExit, match="nowhere is not a run's folder with config.json"):
         compare.main([str(tmp_path / "nowhere")])
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="holds no step yet"):
         compare.main([str(runs[0])])
-    with pytest.raises(
-        SystemExit,
-        match="paper-1/predictions.jsonl is not there: python evaluate.py --models paper-1=",
-    ):
-        compare.main(
-            [
-                str(runs[1]),
-                "--evaluation",
-                str(tmp_path / "eval"),
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
 
 
 def test_the_picture_is_a_picture(runs, tmp_path):

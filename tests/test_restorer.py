@@ -290,7 +290,7 @@ def test_a_data_set_with_recovered_pictures(
         "--out",
         str(out),
     ]
-    recover, calls = data_set.recover, []
+    recover, calls = pairs.recover, []
 
     def cut_off(*args):
         calls.append(1)
@@ -299,7 +299,7 @@ def test_a_data_set_with_recovered_pictures(
         return recover(*args)
 
     with monkeypatch.context() as patch:  # cut off after the first batch
-        patch.setattr(data_set, "recover", cut_off)
+        patch.setattr(pairs, "recover", cut_off)
         with pytest.raises(KeyboardInterrupt):
             data_set.main(arguments)
     first = {p.name: p.stat().st_mtime_ns for p in (out / "test" / "recovered").iterdir()}

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rr1 import files, run_folder, runtime, shard
+from rr1 import curves, files, run_folder, runtime, shard
 from rr1.runtime import opt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,7 @@ class Config:
     words: list[str] = opt(["a", "b"], "some words")
     seed: int = opt(0, "seed")
     resume: bool = opt(False, "go on")
+    tracker: str | None = opt(None, "report to this too")
 
 
 class Net(nn.Module):
@@ -861,8 +862,8 @@ def test_curves(tmp_path, monkeypatch):
         and image.shape[1] > 600
         and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
     )
-    assert np.allclose(run_folder.smooth(np.full(100, 2.0)), 2.0)
-    assert np.allclose(run_folder.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
+    assert np.allclose(curves.smooth(np.full(100, 2.0)), 2.0)
+    assert np.allclose(curves.smooth(np.arange(100.0))[5:-5], np.arange(100.0)[5:-5])
 
 
 def test_trackers_are_imported_only_when_asked(tmp_path, monkeypatch):
@@ -875,13 +876,13 @@ def test_trackers_are_imported_only_when_asked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run_folder.RunFolder(Config(out=str(tmp_path / "a")), ALONE).log(1, {"loss": 2.0}, "")
     assert not sent
-    run_folder.RunFolder(Config(out=str(tmp_path / "b")), ALONE, tracker="wandb").log(
+    run_folder.RunFolder(Config(out=str(tmp_path / "b"), tracker="wandb"), ALONE).log(
         1, {"loss": 2.0}, ""
     )
     assert sent == [(1, {"loss": 2.0})]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="pip install wandb"):
-        run_folder.RunFolder(Config(out=str(tmp_path / "c")), ALONE, tracker="wandb").log(
+        run_folder.RunFolder(Config(out=str(tmp_path / "c"), tracker="wandb"), ALONE).log(
             1, {"loss": 2.0}, ""
         )
 

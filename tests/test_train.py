@@ -842,7 +842,7 @@ def test_right_answers_are_counted_by_the_total_intensity(processor):
         record = {"degradations": true, "answer": "yes", "choices": None, "length": 9}
         training.judge(means, y, record, rewards.load_rewards(["len"]))
     found = means.over_ranks(runtime.Runtime())
-    levels = {level: right for level, (_, _, right) in zip(training.LEVELS, cases)}
+    levels = {level: right for level, (_, _, right) in zip(records.LEVELS, cases)}
     assert {level: found[f"accuracy/{level}"] for level in levels} == levels
     assert found["accuracy"] == 0.75 and found["reward/len"] == 1.0
     assert found["f1"] == 2 * 3 / (4 + 5)

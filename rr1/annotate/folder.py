@@ -35,8 +35,7 @@ def begun(
             raise SystemExit(
                 f"{path}: another process is writing to it: {advice}"
             ) from None
-        files.same_settings(path / "config.json", settings, free, defaults=defaults)
-        files.write_json(path / "config.json", settings)
+        files.begin(path, settings, free, defaults)
         yield
 
 

@@ -17,7 +17,6 @@ import hashlib
 import math
 import re
 import threading
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Sequence
@@ -175,21 +174,19 @@ class ChatTeacher:
         self.max_cost = math.inf if max_cost is None else max_cost
         self.spent = 0.0
         self._under_way: list[float] = []  # dollars that each request under way may cost
-        self._ratio: dict[
-            str, float
-        ] = {}  # step -> tokens read over those estimated, the most
+        self._ratio = {}  # step -> tokens read over those estimated, the most
         self._lock = threading.Condition()
-        self._answers: dict[str, Future] = {}
+        self._receipts = {}  # key -> line of the file
         for receipt in files.read_lines(answers):
             self.spent += receipt["cost"]
-            future = self._answers[receipt["key"]] = Future()
-            future.set_result(receipt)
+            self._receipts[receipt["key"]] = receipt
 
     def __call__(
         self, step: str, images: Sequence[np.ndarray] = (), attempt: int = 0, **fields: Any
     ) -> str:
         prompt = fill(step, fields)
-        receipt = self._receipt(self.key(prompt, images, attempt), step, prompt, images)
+        key = self.key(prompt, images, attempt)
+        receipt = self._receipts.get(key) or self._ask(key, step, prompt, images)
         if receipt["refusal"] or receipt["finish"] == "content_filter":
             raise Rejected(step, "refused", receipt["refusal"] or receipt["text"])
         if receipt["finish"] == "length":
@@ -210,28 +207,11 @@ class ChatTeacher:
 
     def summary(self) -> str:
         """What was paid for, over all runs that wrote to the file."""
-        receipts = files.read_lines(self.file)
-        read, written = (
-            sum(r[name] for r in receipts) for name in ("tokens_in", "tokens_out")
-        )
+        receipts = self._receipts.values()
+        read = sum(receipt["tokens_in"] for receipt in receipts)
+        written = sum(receipt["tokens_out"] for receipt in receipts)
         cost = f", ${self.spent:.4f}" if any(self.prices) else ""
         return f"{len(receipts)} answers of {self.client.model}: {read} + {written} tokens{cost}"
-
-    def _receipt(
-        self, key: str, step: str, prompt: str, images: Sequence[np.ndarray]
-    ) -> dict[str, Any]:
-        """The answer's line. The same thing asked by two threads is asked once."""
-        with self._lock:
-            known = key in self._answers
-            future = self._answers.setdefault(key, Future())
-        if not known:
-            try:
-                future.set_result(self._ask(key, step, prompt, images))
-            except Exception as error:
-                with self._lock:
-                    del self._answers[key]
-                future.set_exception(error)
-        return future.result()
 
     def _ask(self, key: str, step: str, prompt: str, images: Sequence[np.ndarray]) -> dict:
         estimate = estimated_tokens(prompt, images)
@@ -252,6 +232,7 @@ class ChatTeacher:
             receipt["cost"] = self._cost(tokens_in, tokens_out)
             with self._lock:
                 files.append_lines(self.file, [receipt])
+                self._receipts[key] = receipt
                 self.spent += receipt["cost"]
                 self._ratio[step] = max(self._ratio.get(step, 0.0), tokens_in / estimate)
         except Refused as error:

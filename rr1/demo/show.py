@@ -5,8 +5,6 @@ What a model or a visitor wrote is escaped before it becomes HTML.
 Shapes: H, W of the picture; G responses in a group.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,6 @@ from functools import cache
 from html import escape
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -26,7 +23,8 @@ from rr1.grpo import group_advantages
 from rr1.records import open_image
 from rr1.tiny.questions import Question, questions, true_chain
 from rr1.tiny.scenes import Scene, draw, sample_scene
-from rr1.u1.restorer import Restorer, recover, to_tensor, to_uint8
+from rr1.u1.pairs import recover_images
+from rr1.u1.restorer import Restorer
 
 TINY = {"base": tiny.BASE, "SFT": tiny.SFT, "GRPO": tiny.GRPO}
 G = 8
@@ -112,11 +110,8 @@ def recovered(view: View) -> np.ndarray | None:
     nothing."""
     if view.scene is None:
         return None
-    model = restorer()
-    side = model.config["side"]
-    small = cv2.resize(view.seen, (side, side), interpolation=cv2.INTER_AREA)
-    [found] = to_uint8(recover(model, to_tensor([small])))
-    return cv2.resize(found, view.seen.shape[:2], interpolation=cv2.INTER_CUBIC)
+    [found] = recover_images(restorer(), [view.seen])
+    return found
 
 
 # ---------------------------------------------------------------- answers
@@ -148,13 +143,11 @@ def respond(
     responses = []
     for found in sampled:
         said = processor.decode(found.ids)
-        said = render(Chain(answer=_untagged(said))) if plain else said
+        if plain:
+            untagged = said.replace("<", "").replace(">", "")
+            said = render(Chain(answer=untagged))
         responses.append(rewards.Response(said, found.length, found.truncated))
     return responses
-
-
-def _untagged(text: str) -> str:
-    return text.replace("<", "").replace(">", "")
 
 
 def truth(view: View, question: str, processor: vlm.Processor) -> dict:

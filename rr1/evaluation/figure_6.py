@@ -13,7 +13,7 @@ TYPES = (*DEGRADATIONS, "other")  # "other": a name that is not one of the sixte
 WIDTH = 0.25  # of the bins of total intensity in (B)
 
 
-def figure_6(judged: Rows, seed: int = 0) -> dict:
+def figure_6(judged: Rows) -> dict:
     """Figure 6 of a chain model: (A) types and intensities on damaged pictures, (B) chain length.
 
     "intensity" and "length" are curves: a list of bins with their n. "type_f1" is by level of the
@@ -26,19 +26,19 @@ def figure_6(judged: Rows, seed: int = 0) -> dict:
     pairs = [(row["said"], row["true_types"]) for row in hurt]
     return {
         "confusion": confusion(pairs).tolist(),
-        "intensity": curve(intensity_points(hurt), ["true"], seed),
-        "length": curve(length_points(own), ["total", "truth"], seed),
-        "type_f1": type_f1_by_level(hurt, seed),
+        "intensity": curve(intensity_points(hurt), ["true"]),
+        "length": curve(length_points(own), ["total", "truth"]),
+        "type_f1": type_f1_by_level(hurt),
         "clean_called_damaged": wilson(sum(claims), len(claims))._asdict(),
     }
 
 
-def type_f1_by_level(hurt: Rows, seed: int) -> dict:
+def type_f1_by_level(hurt: Rows) -> dict:
     by_level = grouped(hurt, map(strength, hurt))
     found = {}
     for level in LEVELS:
         if level in by_level:
-            found[level] = summary(by_level[level], seed)["type_f1"]._asdict()
+            found[level] = summary(by_level[level])["type_f1"]._asdict()
     return found
 
 
@@ -100,7 +100,7 @@ def length_points(judged: Rows) -> list[tuple]:
     return points
 
 
-def curve(points: list[tuple], names: Sequence[str], seed: int) -> list[dict]:
+def curve(points: list[tuple], names: Sequence[str]) -> list[dict]:
     """Points (bin, x .., y) -> for each bin the mean of each x, by name, and of y an estimate."""
     bins = {}
     for place, *values in points:
@@ -109,5 +109,5 @@ def curve(points: list[tuple], names: Sequence[str], seed: int) -> list[dict]:
     for place in sorted(bins):
         *xs, y = np.array(bins[place], float).T
         means = {name: float(x.mean()) for name, x in zip(names, xs)}
-        found.append(means | bootstrap(y, seed=seed)._asdict())
+        found.append(means | bootstrap(y)._asdict())
     return found

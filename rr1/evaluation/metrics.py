@@ -24,11 +24,10 @@ from rr1.evaluation.statistics import (
     paired_difference,
     wilson,
 )
+from rr1.records import LEVELS, level
 from rr1.rewards import match_types, r_deg, r_len
 
 FORMS = ("choice", "open", "caption")
-# strength of the damage: from which total intensity on it is called so; none: there is no damage
-LEVELS = {"none": 0.0, "light": 0.0, "medium": 0.75, "strong": 1.5}
 GRADES = ("low", "mid", "high")  # a benchmark's own
 Rows = Sequence[dict]
 
@@ -111,19 +110,11 @@ def score(row: dict) -> tuple[float, bool]:
 # ---------------------------------------------------------------- many
 
 
-def level(total: float) -> str:
-    """Of a damaged picture: light (below 0.75), medium (below 1.5) or strong."""
-    for name in ("strong", "medium"):
-        if total >= LEVELS[name]:
-            return name
-    return "light"
-
-
 def measures(judged: Rows) -> dict:
     """name -> (numerators, denominators), one for each record: every measure is sum / sum.
 
-    So two models can be compared record by record (`paired_difference`). What says nothing about a
-    record has 0 in both. Rows of a plain model have no chain and so only the last three.
+    What says nothing about a record has 0 in both. Rows of a plain model have no chain and so only
+    the last three.
     """
 
     def column(name: str) -> np.ndarray:
@@ -154,7 +145,7 @@ def measures(judged: Rows) -> dict:
 SHARES = ("well_formed", "choice_accuracy", "truncated")
 
 
-def summary(judged: Rows, seed: int = 0) -> dict:
+def summary(judged: Rows) -> dict:
     """Every measure of `measures` with its interval."""
     found = {}
     for name, (above, below) in measures(judged).items():
@@ -162,7 +153,7 @@ def summary(judged: Rows, seed: int = 0) -> dict:
             n = int(below.sum())
             found[name] = wilson(above.sum(), n)
         else:
-            found[name] = bootstrap(above, below, seed)
+            found[name] = bootstrap(above, below)
     return found
 
 
@@ -179,8 +170,6 @@ def strength(row: dict) -> str | None:
         return row["strength"]
     if row["degradations"] is None:
         return None
-    if not row["true_types"]:
-        return "none"
     return level(row["total"])
 
 
@@ -192,7 +181,7 @@ def damaged(judged: Rows) -> list[dict]:
     return [row for row in judged if row["shown"] != "as is" and row["true_types"]]
 
 
-def share(rows: Rows, seed: int = 0) -> dict:
+def share(rows: Rows) -> dict:
     """Mean score of judged rows, how many answers could not be read, and by what it was scored.
 
     The interval is Wilson's where all are right or wrong, the bootstrap's elsewhere.
@@ -202,7 +191,7 @@ def share(rows: Rows, seed: int = 0) -> dict:
     if "caption" not in forms and set(scores) <= {0, 1}:
         estimate = wilson(sum(scores), len(scores))
     else:
-        estimate = bootstrap(scores, seed=seed)
+        estimate = bootstrap(scores)
     unread = [row for row in rows if not row["parsed"]]
     return estimate._asdict() | {"unparsed": len(unread)} | scored_by(rows)
 
@@ -214,11 +203,11 @@ def scored_by(rows: Iterable[dict]) -> dict:
     return {"by": " and ".join(sorted(ways))}
 
 
-def means(cells: Iterable[Rows], rows: Rows, seed: int = 0) -> list[dict]:
+def means(cells: Iterable[Rows], rows: Rows) -> list[dict]:
     """The plain mean of the cells and the mean over all rows."""
     by = scored_by(rows)
-    of_cells = bootstrap_cells([scores_of(cell) for cell in cells], seed)
-    of_rows = bootstrap(scores_of(rows), seed=seed)
+    of_cells = bootstrap_cells([scores_of(cell) for cell in cells])
+    of_rows = bootstrap(scores_of(rows))
     return [of_cells._asdict() | by, of_rows._asdict() | by]
 
 
@@ -247,7 +236,7 @@ def cells_of(judged: Rows) -> list[str]:
     return [f"{form} {level}" for form in FORMS for level in levels]
 
 
-def table_1(judged: Rows, seed: int = 0) -> dict:
+def table_1(judged: Rows) -> dict:
     """Table 1: the records' own pictures, three forms of question by strength of the damage.
 
     Choice and open: the share right; captions: mean F1; of R-Bench, votes or a proxy for them.
@@ -259,21 +248,21 @@ def table_1(judged: Rows, seed: int = 0) -> dict:
     names = [f"{row['form']} {strength(row)}" for row in rows]
     groups = grouped(rows, names)
     cells = {name: groups.get(name, []) for name in cells_of(judged)}
-    table = {name: share(cell, seed) for name, cell in cells.items()}
+    table = {name: share(cell) for name, cell in cells.items()}
     damaged_cells = [cell for name, cell in cells.items() if not name.endswith("none")]
     hurt = list(filter(is_damaged, rows))
-    overall, per_question = means(damaged_cells, hurt, seed)
+    overall, per_question = means(damaged_cells, hurt)
     table |= {"overall": overall, "per question": per_question}
     overall["cells"] = sum(map(bool, damaged_cells))
     return table
 
 
-def table_2(judged: Rows, form: str = "choice", seed: int = 0) -> dict:
+def table_2(judged: Rows, form: str = "choice") -> dict:
     """Table 2, the aim of Eq. (2): the same questions on the clean picture and at each level."""
     rows = scored(judged, form)
     cells = grouped(rows, [row["shown"] for row in rows])
     cells.pop("as is", None)
-    return {name: share(cells[name], seed) for name in sorted(cells, key=place)}
+    return {name: share(cells[name]) for name in sorted(cells, key=place)}
 
 
 def place(name: str) -> float:
@@ -284,7 +273,7 @@ def place(name: str) -> float:
     return float(name)
 
 
-def categories(judged: Rows, seed: int = 0) -> dict:
+def categories(judged: Rows) -> dict:
     """Choice questions of a benchmark by category, on the pictures as they came."""
     rows = [row for row in scored(judged, "choice") if row["shown"] in ("as is", "clean")]
     rows = [row for row in rows if row.get("category")]
@@ -292,12 +281,12 @@ def categories(judged: Rows, seed: int = 0) -> dict:
     cells = grouped(rows, names)
     if not cells:
         return {}
-    table = {name: share(cells[name], seed) for name in sorted(cells)}
-    mean, per_question = means(cells.values(), rows, seed)
+    table = {name: share(cells[name]) for name in sorted(cells)}
+    mean, per_question = means(cells.values(), rows)
     return table | {"mean of categories": mean, "per question": per_question}
 
 
-def versus(after: Rows, before: Rows, seed: int = 0) -> dict:
+def versus(after: Rows, before: Rows) -> dict:
     """Two models on the same choice questions, rows of predictions.jsonl, for each way of showing.
 
     The difference with its paired interval, how many answers turned right (gained) and wrong
@@ -314,7 +303,7 @@ def versus(after: Rows, before: Rows, seed: int = 0) -> dict:
         scores_then = np.array(scores_of(same_questions))
         gained = int((scores > scores_then).sum())
         lost = int((scores < scores_then).sum())
-        difference = paired_difference((scores, None), (scores_then, None), seed)
+        difference = paired_difference(scores, scores_then)
         table[name] = difference._asdict() | {
             "gained": gained,
             "lost": lost,

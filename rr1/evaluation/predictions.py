@@ -139,9 +139,9 @@ def predict(
     meta: dict,
     jobs: list[dict],
     rt: runtime.Runtime,
-    batch: int = 64,
-    workers: int = 0,
-    skip_bad: bool = False,
+    batch: int,
+    workers: int,
+    skip_bad: bool,
 ) -> None:
     """Do the jobs that the folder does not hold yet.
 

@@ -32,25 +32,25 @@ right and wrong, and how probable so uneven a split is if neither is better (McN
 test)."""
 
 
-def of_model(rows: Sequence[dict], seed: int = 0) -> dict:
+def of_model(rows: Sequence[dict]) -> dict:
     """Everything about one model, from the rows of its predictions.jsonl; plain numbers only."""
     judged = judge_all(rows)
     own = [row for row in judged if row["shown"] == "as is"]
-    summed = summary(damaged(judged), seed)
+    summed = summary(damaged(judged))
     asked = {row.get("asked", "") for row in rows} - {""}
-    others = {form: table_2(judged, form, seed) for form in ("open", "direct")}
+    others = {form: table_2(judged, form) for form in ("open", "direct")}
     found = {
         "asked": " and ".join(sorted(asked)),
         "summary": {name: estimate._asdict() for name, estimate in summed.items()},
-        "table_1": table_1(judged, seed) if own else {},
-        "table_2": table_2(judged, seed=seed),
+        "table_1": table_1(judged) if own else {},
+        "table_2": table_2(judged),
         "others": others,
-        "categories": categories(judged, seed),
+        "categories": categories(judged),
     }
     has_chains = not any(row["plain"] for row in rows)
     is_known = any(row["degradations"] is not None for row in own)
     if has_chains and is_known:
-        found["figure_6"] = figure_6(judged, seed)
+        found["figure_6"] = figure_6(judged)
     return found
 
 

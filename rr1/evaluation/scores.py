@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from rr1.answers import choice_index, plain
+from rr1.answers import choice_index, is_right, plain
 from rr1.chain import TAGS, parse
 
 BLANKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
@@ -50,11 +50,8 @@ def score_answer(
         return 0.0, False
     if form == "caption":
         return caption_f1(answer, truth), True
-    right = choice_index(truth, choices) if choices else None
-    if right is None:
-        return float(plain(answer) == plain(truth)), True
-    picked = choice_index(answer, choices)
-    return float(picked == right), picked is not None
+    right, is_read = is_right(answer, truth, choices)
+    return float(right), is_read
 
 
 # ---------------------------------------------------------------- benchmarks

@@ -34,22 +34,25 @@ def wilson(right: float, n: int) -> Estimate:
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def bootstrap(
-    numerators: Values, denominators: Values | None = None, seed: int = 0
-) -> Estimate:
+def bootstrap(numerators: Values, denominators: Values | None = None) -> Estimate:
     """sum(numerators) / sum(denominators) over records, which are resampled; percentile interval.
 
     Without denominators it is the mean. n counts the records whose denominator is not 0.
     """
-    above, below = _ratio(numerators, denominators)
+    above = np.asarray(numerators, float)
+    below = np.ones_like(above)
+    if denominators is not None:
+        below = np.asarray(denominators, float)
     n = int(np.count_nonzero(below))
     if n == 0:
         return NOTHING
-    draws = _resampled(above, below, _picks(len(above), seed))
+    picks = _picks(len(above))
+    with np.errstate(invalid="ignore"):  # a resample in which nothing counts is no number
+        draws = above[picks].sum(1) / below[picks].sum(1)
     return _estimate(above.sum() / below.sum(), draws, n)
 
 
-def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
+def bootstrap_cells(cells: Sequence[Values]) -> Estimate:
     """The plain mean of the cells' means, each cell resampled within itself.
 
     Empty cells are left out. n: observations.
@@ -60,29 +63,20 @@ def bootstrap_cells(cells: Sequence[Values], seed: int = 0) -> Estimate:
     means, draws = [], []
     for i, cell in enumerate(cells):
         means.append(cell.mean())
-        picks = _picks(len(cell), seed + i)
+        picks = _picks(len(cell), i)
         draws.append(cell[picks].mean(1))  # (DRAWS,)
     return _estimate(np.mean(means), np.mean(draws, 0), sum(map(len, cells)))
 
 
-def paired_difference(after: tuple, before: tuple, seed: int = 0) -> Estimate:
-    """How much `after` is above `before`, resampled together: what makes a record hard falls out.
+def paired_difference(after: Values, before: Values) -> Estimate:
+    """How much `after` is above `before` in the mean: what makes a record hard falls out.
 
-    Both are (numerators, denominators or None) over the same records in the same order; ValueError
-    if there are not as many.
+    Both are over the same records in the same order; ValueError if there are not as many.
     """
-    above, below = _ratio(*after)
-    above_then, below_then = _ratio(*before)
-    n = len(above)
-    if n != len(above_then):
-        counts = f"{n} records after and {len(above_then)} before"
+    if len(after) != len(before):
+        counts = f"{len(after)} records after and {len(before)} before"
         raise ValueError(f"{counts}: a paired difference needs the same records")
-    if not below.any() or not below_then.any():
-        return NOTHING
-    value = above.sum() / below.sum() - above_then.sum() / below_then.sum()
-    picks = _picks(n, seed)
-    draws = _resampled(above, below, picks) - _resampled(above_then, below_then, picks)
-    return _estimate(value, draws, n)
+    return bootstrap(np.subtract(after, before))
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -96,21 +90,9 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * ways / 2**n)
 
 
-def _ratio(numerators: Values, denominators: Values | None = None) -> tuple:
-    above = np.asarray(numerators, float)
-    if denominators is None:
-        return above, np.ones_like(above)
-    return above, np.asarray(denominators, float)
-
-
-def _picks(n: int, seed: int) -> np.ndarray:
-    """(DRAWS, n) records, drawn with replacement."""
+def _picks(n: int, seed: int = 0) -> np.ndarray:
+    """(DRAWS, n) records, drawn with replacement; the same whenever they are drawn."""
     return np.random.default_rng(seed).integers(n, size=(DRAWS, n))
-
-
-def _resampled(above: np.ndarray, below: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # a resample in which nothing counts is no number
-        return above[picks].sum(1) / below[picks].sum(1)
 
 
 def _estimate(value: float, draws: np.ndarray, n: int) -> Estimate:

@@ -47,7 +47,7 @@ ABSENT |= set("N/A NA NULL NaN None n/a nan null".split())
 REQUEST = "Please select the correct answer from the options above."
 
 
-def choice_prompt(question: str, options: dict, hint: str = "") -> str:
+def choice_prompt(question: str, options: dict, hint: str) -> str:
     """The question of the multiple-choice family: hint, question, options one a line, a request."""
     lines = [f"Question: {question}", "Options:"]
     if hint:

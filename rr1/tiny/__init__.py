@@ -1,8 +1,6 @@
 """The embedded default: a drawn world, a small but real Qwen2.5-VL, its weights. Nothing to
 download."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

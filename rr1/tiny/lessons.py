@@ -6,8 +6,6 @@ of the content, it reads of clean and mildly damaged pictures; how a picture is 
 all.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import torch

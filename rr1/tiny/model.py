@@ -6,8 +6,6 @@ special tokens, and the reasoning chain's tags as ordinary text that merges to o
 chat template is Qwen's without a system turn.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

@@ -15,8 +15,6 @@
 Each phase ends with its weights in --out; a run that is started again skips what is done.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -36,6 +34,8 @@ from rr1.tiny import scenes, world
 from rr1.tiny.lessons import Batches
 from rr1.tiny.model import build_model, build_processor
 from rr1.vlm import Processor, Prompt, encode_images, group_logps, make_prompt
+
+SIZE = 0.3  # of features and embeddings
 
 
 class Heads(nn.Module):
@@ -126,18 +126,18 @@ def language_loss(
 
 
 @torch.no_grad()
-def same_size(model, heads: Heads, batch: dict, size: float = 0.3) -> None:
+def same_size(model, heads: Heads, batch: dict) -> None:
     """Scale the features, by the merger's last layer, and the embeddings to a root mean square
-    of `size`; the read-outs of the features stay what they were."""
+    of SIZE; the read-outs of the features stay what they were."""
     features = torch.cat(encode_images(model, batch["pixel_values"], batch["grid"]))
-    factor = size / features.square().mean().sqrt()
+    factor = SIZE / features.square().mean().sqrt()
     last = model.model.visual.merger.mlp[-1]
     last.weight.mul_(factor)
     last.bias.mul_(factor)
     for head in heads.read.values():
         head.weight.div_(factor)
     embeddings = model.get_input_embeddings().weight
-    embeddings.mul_(size / embeddings.square().mean().sqrt())
+    embeddings.mul_(SIZE / embeddings.square().mean().sqrt())
 
 
 @dataclass
@@ -201,15 +201,10 @@ def train(
         for name, value in {"loss": loss.item(), **read}.items():
             sums[name] += value / 50
         if rt.is_main and step % 50 == 0:
-            row = {
-                "phase": done.stem,
-                "step": step,
-                "minutes": (time.perf_counter() - began) / 60,
-            }
-            row = {
-                name: value if name == "phase" else round(value, 4)
-                for name, value in (row | sums).items()
-            }
+            row = {"phase": done.stem, "step": step}
+            sums["minutes"] = (time.perf_counter() - began) / 60
+            for name, value in sums.items():
+                row[name] = round(value, 4)
             files.append_lines(done.parent / "metrics.jsonl", [row])
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             sums.clear()

@@ -8,8 +8,6 @@ writes FILE.jsonl and FILE/ with the pictures. A line's `image` is [damaged, rec
 question begins with <image><image>. A run that was cut off goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +17,9 @@ from tqdm import tqdm
 
 from rr1 import data, files, records, runtime, tiny
 from rr1.runtime import opt
-from rr1.u1.pairs import resize
+from rr1.u1 import pairs
 from rr1.u1.report import to_png
-from rr1.u1.restorer import Restorer, recover, to_tensor, to_uint8
+from rr1.u1.restorer import Restorer
 
 # fields that `records.read` adds, or that are written anew
 OURS = {"where", "number", "chain", "question", "response", "messages", "images"}
@@ -48,10 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     device = runtime.setup().device
     model = Restorer.from_pretrained(config.model).to(device)
     out = Path(config.out)
-    settings = asdict(config)
-    files.same_settings(out / "config.json", settings, free={"batch", "data", "out"})
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "config.json", settings)
+    files.begin(out, asdict(config), free={"batch", "data", "out"})
     for path in config.data or [tiny.dataset("train"), tiny.dataset("test")]:
         found = data.split(records.read(path, config.images), config.part)
         write_data_set(model, found, Path(path).stem, config)
@@ -69,31 +64,15 @@ def write_data_set(
     recovered.mkdir(parents=True, exist_ok=True)
     todo = [i for i in range(len(found)) if not (recovered / f"{i:06d}.png").exists()]
     for start in tqdm(range(0, len(todo), config.batch), desc=f"recovering {name}"):
-        recover_records(model, found, todo[start : start + config.batch], recovered, config)
+        numbers = todo[start : start + config.batch]
+        images = [np.asarray(records.open_image(found[i]["image"])) for i in numbers]
+        seeds = [data.seed_for(config.seed, i) for i in numbers]
+        pictures = pairs.recover_images(model, images, seeds, config.steps)
+        for i, picture in zip(numbers, pictures):
+            files.write_bytes(recovered / f"{i:06d}.png", to_png(picture))
     rows = [new_record(record, out, name, i) for i, record in enumerate(found)]
     files.write_text(out / f"{name}.jsonl", files.lines_of(rows))
     print(f"written: {out}/{name}.jsonl, {len(rows)} records")
-
-
-def recover_records(
-    model: Restorer,
-    found: records.Records,
-    numbers: list[int],
-    folder: Path,
-    config: Config,
-) -> None:
-    """Recover a batch at the restorer's side, and write each picture at its own size."""
-    side = model.config["side"]
-    images = [np.asarray(records.open_image(found[i]["image"])) for i in numbers]
-    damaged = to_tensor(
-        [resize(image, side, side) for image in images]
-    )  # (n, 3, side, side)
-    seeds = [data.seed_for(config.seed, i) for i in numbers]
-    recovered = to_uint8(recover(model, damaged, seeds, config.steps))
-    for i, image, picture in zip(numbers, images, recovered):
-        height, width = image.shape[:2]
-        png = to_png(resize(picture, width, height))
-        files.write_bytes(folder / f"{i:06d}.png", png)
 
 
 def new_record(

@@ -10,8 +10,6 @@ t = 0 is the clean picture, t = 1 noise. Tensors in, tensors out.
 The arithmetic of a step is done in float32 or better.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Callable, Sequence
@@ -81,8 +79,8 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 def sample_t(
     generator: torch.Generator,
-    shift: float = 1.0,
-    at_noise: float = 0.0,
+    shift: float,
+    at_noise: float,
 ) -> Tensor:
     """A time (1,) to train at: uniform, then shifted; with probability `at_noise` it is 1.
 

@@ -24,7 +24,7 @@ from degrade import SUFFIXES, degrade, sample_degradations
 from rr1 import tiny
 from rr1.records import DataError, open_image
 from rr1.tiny import world
-from rr1.u1.restorer import to_tensor
+from rr1.u1.restorer import Restorer, recover, to_tensor, to_uint8
 
 SCENES = 24_576  # of the drawn world, to train on
 KEPT = 64  # larger pairs would make a file of more than a gigabyte: they are drawn when asked for
@@ -35,6 +35,23 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     shrinks = width * height < image.shape[0] * image.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return cv2.resize(image, (width, height), interpolation=interpolation)
+
+
+def recover_images(
+    model: Restorer,
+    images: Sequence[np.ndarray],
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+) -> list[np.ndarray]:
+    """Pictures of any size (H, W, 3), recovered at the restorer's side, at their own size again."""
+    side = model.config["side"]
+    damaged = to_tensor([resize(image, side, side) for image in images])
+    pictures = to_uint8(recover(model, damaged, seeds, steps))
+    found = []
+    for image, picture in zip(images, pictures):
+        height, width = image.shape[:2]
+        found.append(resize(picture, width, height))
+    return found
 
 
 def draw(index: int, seed: int, side: int) -> np.ndarray:

@@ -4,8 +4,6 @@ pictures   (N, 3, H, W), values in [0, 1]; clamped here, when scored, and nowher
 encoder    any function pictures -> (N, features); it stays frozen
 """
 
-from __future__ import annotations
-
 from typing import Callable
 
 import torch
