@@ -79,8 +79,8 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 def sample_t(
     generator: torch.Generator,
-    shift: float,
-    at_noise: float,
+    shift: float = 1.0,
+    at_noise: float = 0.0,
 ) -> Tensor:
     """A time (1,) to train at: uniform, then shifted; with probability `at_noise` it is 1.
 
