@@ -590,7 +590,8 @@ def test_questions_in_unusual_but_legal_files_25(questions, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["caf\xe9".encode("latin-1"), gzip.compress(b"{}"), "{}".encode("utf-16")]
+    "content",
+    ["caf\xe9".encode("latin-1"), gzip.compress(b"{}", mtime=0), "{}".encode("utf-16")],
 )
 def test_a_file_that_is_no_utf_8_is_named_25(tmp_path, content):
     (tmp_path / "q.jsonl").write_bytes(content)
