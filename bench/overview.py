@@ -12,7 +12,7 @@ import matplotlib.image
 from matplotlib.figure import Figure
 
 from rr1 import files, records, tiny
-from rr1.curves import curve_of
+from rr1.curves import draw_curve
 
 RUN = Path("runs/grpo")
 RECORD = 26  # of the held-out data
@@ -43,7 +43,7 @@ def main() -> None:
     text.axis("off")
     metrics = files.read_lines(RUN / "metrics.jsonl")
     for name in CURVES:
-        curve.plot(*curve_of(metrics, name).T, label=name)
+        draw_curve(curve, metrics, name)
     curve.set(xlabel="GRPO step", ylabel="mean over the responses")
     curve.legend(frameon=False, fontsize=8)
     files.save_figure(figure, OUT)

@@ -32,14 +32,17 @@ def draw_curves(
     figure.suptitle(f"{title}, step {rows[-1]['step']}")
     for axes, shown in zip(all_axes, plots.values()):
         for name in shown:
-            steps, values = curve_of(rows, name).T
-            light = {"markersize": 3, "linewidth": 0.6, "alpha": 0.35}
-            [line] = axes.plot(steps, values, ".-", **light)
-            color = line.get_color()
-            axes.plot(steps, smooth(smooth(values)), color=color, label=name)
+            draw_curve(axes, rows, name)
         if len(shown) > 1:
             axes.legend(fontsize=7, frameon=False)
     files.save_figure(figure, path)
+
+
+def draw_curve(axes: Axes, rows: Sequence[Mapping], name: str) -> None:
+    steps, values = curve_of(rows, name).T
+    light = {"markersize": 3, "linewidth": 0.6, "alpha": 0.35}
+    [line] = axes.plot(steps, values, ".-", **light)
+    axes.plot(steps, smooth(smooth(values)), color=line.get_color(), label=name)
 
 
 def new_panels(headings: Iterable[str]) -> tuple[Figure, list[Axes]]:

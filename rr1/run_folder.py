@@ -38,7 +38,8 @@ FREE = {
 
 @dataclass
 class RunFolder:
-    """A run's folder. `config` is a dataclass with `out` and `resume`; rank 0 writes, all call.
+    """A run's folder. `config` is a dataclass with `out`, `resume` and `tracker`; rank 0
+    writes, all call.
 
     panels    the plots of curves.png, {title: [names of metrics]}, `*` allowed; none: one a metric
     free      options, besides `FREE`, that may differ when a run goes on
