@@ -157,8 +157,11 @@ def sample(model, processor, found, rt) -> list:
     return [(r.ids, r.logps) for group in found for r in group]
 
 
-def gradients(model, processor, found, rt) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of each rank's own two records, both summed over the ranks."""
+def gradients(
+    model, processor, found, rt
+) -> tuple[float, dict[str, torch.Tensor], list[bool]]:
+    """Loss and gradients of each rank's own two records, both summed over the ranks; and whether
+    each layer was in shards before the backward pass."""
     mine = found[rt.rank :: 2][:2]
     with rt.autocast():
         prompts = data.encode(model.train(), data.load_batch(mine, processor))
@@ -168,13 +171,19 @@ def gradients(model, processor, found, rt) -> tuple[float, dict[str, torch.Tenso
             prompts,
             [[processor.response_ids(r["response"])] for r in mine],
         )
+    freed = [
+        all(isinstance(p, DTensor) for p in layer.parameters())
+        for layer in model.model.language_model.layers
+    ]
     loss = -(logps * mask).mean()
     loss.backward()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     runtime.sum_gradients([p for _, p in trainable], rt)
-    return runtime.sum_over_ranks({"loss": loss}, rt)["loss"], {
-        name: shard.whole(p.grad) for name, p in trainable
-    }
+    return (
+        runtime.sum_over_ranks({"loss": loss}, rt)["loss"],
+        {name: shard.whole(p.grad) for name, p in trainable},
+        freed,
+    )
 
 
 def compare(folder: Path, rt: runtime.Runtime) -> dict:
@@ -210,7 +219,7 @@ def compare(folder: Path, rt: runtime.Runtime) -> dict:
                     isinstance(p, DTensor) for p in other.parameters() if p.requires_grad
                 ),
             }
-        (loss, grads), (sharded_loss, sharded_grads) = (
+        (loss, grads, _), (sharded_loss, sharded_grads, freed) = (
             gradients(model, processor, found_records, rt) for model in (one, other)
         )
         apart = max(
@@ -225,6 +234,7 @@ def compare(folder: Path, rt: runtime.Runtime) -> dict:
             "apart": apart,
             "dtypes": sorted({str(g.dtype) for g in sharded_grads.values()}),
             "names": grads.keys() == sharded_grads.keys(),
+            "freed": freed,
         }
     parameters = [p for p in other.parameters() if p.requires_grad]
     if rt.rank == 1:
@@ -426,6 +436,13 @@ def test_gathered_samples_are_the_same_tokens(ranks):
         max(len(ids) for ids, _ in said["compare"]["samples"][0]) for said in ranks
     )
     assert short <= 5 < long
+
+
+def test_after_sampling_a_layer_is_freed_between_forward_and_backward_again(ranks):
+    """The float32 model has sampled before its pass, the bfloat16 one has not."""
+    for said in ranks:
+        for dtype in ("torch.float32", "torch.bfloat16"):
+            assert said["compare"][dtype]["freed"] == [True, True], dtype
 
 
 def test_gradients_are_summed_in_float32_also_where_layers_travel_in_bfloat16(ranks):
