@@ -3,12 +3,11 @@
     python bench/u1.py --jobs 2                                   # both parts -> runs/u1
     python bench/u1.py --seeds 0 --n 64 --limit 64 --more="--steps 20"        # do both run?
 
-recover   What brings the clean picture back? Stage I as it is by default, by other laws of t for
-          as many steps (LAWS: plain regression alone, no regression, the paper's own); and for
-          each seed Flow-GRPO, the same with shuffled advantages, and stage I for as many more
-          steps as fit into those seconds (probe-SEED times a few first). All recover the same
-          held-out damaged scenes from the same noise, with the steps that were chosen for them
-          on training scenes, and with 40. A judge that is in no reward says what it sees.
+recover   What brings the clean picture back? Stage I as it is by default; and for each seed
+          Flow-GRPO, the same with shuffled advantages, and stage I for as many more steps as
+          fit into those seconds (probe-SEED times a few first). All recover the same held-out
+          damaged scenes from the same noise, with the steps that were chosen for them on
+          training scenes, and with 40. A judge that is in no reward says what it sees.
 reason    Does a recovered picture help to answer, and more than words about the damage? Stage III:
           one base, one number of steps, the same quarter of the training records; what differs is
           which pictures are shown (ROWS) and whether a chain is asked for. All answer the held-out
@@ -44,11 +43,6 @@ from runs import begin, read_rows, run_all, same_records, seconds, steps_in, tra
 CONTROL_LR = 6e-4
 LEVELS = [name for name in metrics.LEVELS if name != "none"]
 LARGE_LR = 1e-3  # of the second round at the scenes' own side
-LAWS = {
-    "regression": ["--at-noise", 1],
-    "no-regression": ["--at-noise", 0],
-    "paper": ["--at-noise", 0, "--shift", 1],
-}
 MEASURES = report.TITLES | {"reward": "R", "read": "read right"}
 
 # name -> title, pictures shown (c damaged, r recovered, x clean), what trains its model ("": base)
@@ -98,11 +92,11 @@ def compare_recoveries(config: Config, out: Path) -> str:
     side = Restorer.from_pretrained(config.model).config["side"]
     pairs.load_source("", side)  # drawn once, before several runs ask for it
 
-    # 1. train: other laws of t, Flow-GRPO, and its controls
+    # 1. train: Flow-GRPO, and its controls
     sft = ["train_recover.py", *shlex.split(config.more)]
     more = [*sft, "--model", config.model, "--lr", CONTROL_LR]
     grpo = [*sft, "--stage", "grpo", "--model", config.model]
-    tasks = {name: [*sft, *law] for name, law in LAWS.items()}
+    tasks = {}
     for s in config.seeds:
         tasks[f"stage-2-{s}"] = [*grpo, "--seed", s]
         tasks[f"shuffled-{s}"] = [*grpo, "--seed", s, "--shuffle"]
