@@ -39,6 +39,7 @@ def draw_curves(
 
 
 def draw_curve(axes: Axes, rows: Sequence[Mapping], name: str) -> None:
+    """A metric over steps: each value in light, their trend in full."""
     steps, values = curve_of(rows, name).T
     light = {"markersize": 3, "linewidth": 0.6, "alpha": 0.35}
     [line] = axes.plot(steps, values, ".-", **light)
