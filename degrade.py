@@ -464,11 +464,8 @@ def graffiti(image, s, rng):
         path += (0.15 + 0.7 * start) * [[w], [h]]  # (2, 60): x, y
         written = path.T[: math.ceil((8 * s - k) * 60)]
         points = np.int32(np.rint(16 * written))  # in sixteenths of a pixel: 4 bits
-        colour = strokes[k, 10:13] * [90, 255, 95] + [
-            0,
-            0,
-            160,
-        ]  # one channel low, one high: vivid
+        # one channel low, one high: vivid
+        colour = strokes[k, 10:13] * [90, 255, 95] + [0, 0, 160]
         colour = colour[strokes[k, 13:].argsort()]
         thickness = max(1, round((0.025 + 0.017 * width) * side))
         cv2.polylines(out, [points], False, colour.tolist(), thickness, cv2.LINE_AA, 4)
@@ -597,9 +594,8 @@ def _is_cut_jpeg(data):
     """Whether a JPEG ends before its end-of-image marker; OpenCV fills the rest with grey."""
     at = 2
     while at < len(data) and data[at : at + 2] != b"\xff\xda":
-        at += 2 + int.from_bytes(
-            data[at + 2 : at + 4]
-        )  # past the segments before the first scan
+        # past the segments before the first scan
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[at:]
 
 
@@ -609,9 +605,8 @@ def _read(path):
     if not data or _is_cut_jpeg(data):
         raise ValueError(f"{path}: cut off")
     data = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(
-        data, cv2.IMREAD_COLOR
-    )  # turned as EXIF says; of 16 bits the upper 8
+    # turned as EXIF says; of 16 bits the upper 8
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if image is None:
         image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
         if image is None:

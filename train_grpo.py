@@ -192,9 +192,8 @@ def main(argv: list[str] | None = None) -> None:
             size = config.micro_batch
             parts = [groups[i : i + size] for i in range(0, len(groups), size)]
             with torch.no_grad():
-                reference_logps = [
-                    score(reference, part)[0] for part in parts
-                ]  # (n G, L) each
+                # (n G, L) each
+                reference_logps = [score(reference, part)[0] for part in parts]
             timer.lap("score")
 
             # 5. update
@@ -315,9 +314,8 @@ def update(
                 max_length=config.max_new_tokens,
             )
             loss.backward()
-            means.add(
-                "loss", loss, count=len(part) / config.prompts
-            )  # this share of the step's
+            share = len(part) / config.prompts  # of the step's
+            means.add("loss", loss, count=share)
             tokens = sums.pop("tokens")
             means.add("entropy", entropy * mask, count=tokens)
             for name, total in sums.items():

@@ -114,9 +114,8 @@ def main(argv: list[str] | None = None) -> None:
 
                     # 2. score
                     wanted = [[responses[i]] for i in part]
-                    logps, mask, _ = shard.forward(
-                        model, vlm.group_logps, prompts, wanted
-                    )  # (n, L)
+                    # (n, L) each
+                    logps, mask, _ = shard.forward(model, vlm.group_logps, prompts, wanted)
 
                 # 3. update
                 loss = sft_loss(logps, mask, tokens)

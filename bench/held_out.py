@@ -24,9 +24,10 @@ def answers(
     path: Path,
     plain: bool,
     condition: str = OWN,
-    **sampling,
-):
-    """Rows of `path`, one a record; made if there are none. `condition` says what is done to the
+    temperature: float = 0.0,
+    G: int = 1,
+) -> list[dict]:
+    """Rows of `path`, G a record; made if there are none. `condition` says what is done to the
     prompt: nothing, its chain begun with the true or another record's damage, or a grey
     picture in place of the record's own."""
     if path.exists():
@@ -36,7 +37,7 @@ def answers(
     rows = []
     for start in range(0, len(found), 64):
         part = list(found[start : start + 64])
-        rows += _answered(model, processor, part, plain, condition, start, **sampling)
+        rows += _answered(model, processor, part, plain, condition, start, temperature, G)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, files.lines_of(rows))
     return rows
@@ -44,7 +45,7 @@ def answers(
 
 @torch.inference_mode()
 def _answered(
-    model, processor, part, plain, condition, start, temperature=0.0, G=1
+    model, processor, part, plain, condition, start, temperature, G
 ) -> list[dict]:
     images = [open_image(record["image"]) for record in part]
     if condition == BLANK:

@@ -99,12 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     runs.train(config, tasks)
     tasks = {}
     for s in config.seeds:
+        tasks[f"probe-{s}"] = ["train_sft.py", *start[s], *sft, "--steps", 12]
         tasks[f"answer-{s}"] = ["train_grpo.py", *start[s], *ANSWER, *grpo]
     controlled = config.seeds[: config.controls]
     for s in controlled:
         for arm, options in CONTROLS.items():
             tasks[folder(arm, s)] = ["train_grpo.py", *start[s], *options, *grpo]
-        tasks[f"probe-{s}"] = ["train_sft.py", *start[s], *sft, "--steps", 12]
     runs.train(config, tasks)
     tasks = {}
     for s in controlled:
@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. answer
     found = records.read(scenes_of(config))
-    strong = [found[i] for i in range(len(found)) if found[i]["level"] == "strong"]
-    rows: dict[tuple[str, str], dict[int, list[dict]]] = {}
+    strong = [record for record in found if record["level"] == "strong"]
+    calls = {}
     for arm in ARMS:
         seeds = controlled if arm in (*CONTROLS, "more sft") else config.seeds
         for s in seeds if arm != "base" else [0]:
@@ -125,8 +125,11 @@ def main(argv: list[str] | None = None) -> None:
             for condition in (held_out.OWN, *(FORCINGS if arm in FORCED else ())):
                 asked = found if condition == held_out.OWN else strong
                 path = out / name / f"answers {condition}.jsonl"
-                made = held_out.answers(model, asked, path, arm in PLAIN, condition)
-                rows.setdefault((arm, condition), {})[s] = made
+                calls[arm, condition, s] = model, asked, path, arm in PLAIN, condition
+    answered = runs.in_processes(config, held_out.answers, calls)
+    rows: dict[tuple[str, str], dict[int, list[dict]]] = {}
+    for (arm, condition, s), made in answered.items():
+        rows.setdefault((arm, condition), {})[s] = made
 
     # 3. compare
     text = report(rows)

@@ -14,7 +14,6 @@ Answers are greedy, sampled (the mean of 8) and the best of 8, on held-out scene
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import held_out
 import numpy as np
@@ -37,6 +36,8 @@ VARIANTS = {
     "maxrl, accuracy": [*ALONE, "--advantage", "maxrl"],
     "clip .01, high 10": [*RELEASED, "--clip", 0.01, "--clip-high", 10],
 }
+# how, temperature, responses
+SAMPLINGS = (("greedy", 0.0, 1), ("sampled", 1.0, 8))
 
 
 @dataclass
@@ -58,15 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     tasks: dict[str, list] = {}
     for s in config.seeds:
         start = ["--model", config.model, "--seed", s]
-        for name, options in VARIANTS.items():
-            tasks[f"{name}-{s}"] = [
-                "train_grpo.py",
-                *start,
-                "--steps",
-                config.steps,
-                *options,
-            ]
+        # beside the run whose seconds it is to tell in steps of its own
         tasks[f"probe-{s}"] = ["train_sft.py", *start, "--steps", 12]
+        for name, options in VARIANTS.items():
+            command = ["train_grpo.py", *start, "--steps", config.steps]
+            tasks[f"{name}-{s}"] = [*command, *options]
     runs.train(config, tasks)
     tasks = {}
     for s in config.seeds:
@@ -76,24 +73,25 @@ def main(argv: list[str] | None = None) -> None:
     runs.train(config, tasks)
 
     # 2. answer, 3. compare
-    found = [
-        r
-        for r in records.read(tiny.dataset("test"))
-        if r["level"] == "strong" and r["answer"]
-    ]
-    found = found[: config.n]
-    start = answered(config.model, found, out / "start")
-    table = [row_of("start", [start], None, "-")]
+    found = records.read(tiny.dataset("test"))
+    strong = [r for r in found if r["level"] == "strong" and r["answer"]]
+    strong = strong[: config.n]
+    arms = {name: [f"{name}-{s}" for s in config.seeds] for name in ("sft", *VARIANTS)}
+    calls = {}
+    for run in ("start", *(run for of in arms.values() for run in of)):
+        model = config.model if run == "start" else str(out / run / "model")
+        for how, *sampling in SAMPLINGS:
+            path = out / run / f"{how}.jsonl"
+            calls[run, how] = model, strong, path, False, held_out.OWN, *sampling
+    rows = runs.in_processes(config, held_out.answers, calls)
+    start = rows["start", "greedy"]
+    table = [row_of("start", ["start"], rows, "-")]
     points = {}
-    for name in ("sft", *VARIANTS):
-        each = [
-            answered(out / f"{name}-{s}" / "model", found, out / f"{name}-{s}")
-            for s in config.seeds
-        ]
-        took = np.mean([sum(runs.seconds(out / f"{name}-{s}")) for s in config.seeds])
-        table.append(row_of(name, each, start, f"{took:.0f}"))
+    for name, of in arms.items():
+        took = np.mean([sum(runs.seconds(out / run)) for run in of])
+        table.append(row_of(name, of, rows, f"{took:.0f}"))
         points[name] = [
-            held_out.mean(one["greedy"]) - held_out.mean(start["greedy"]) for one in each
+            held_out.mean(rows[run, "greedy"]) - held_out.mean(start) for run in of
         ]
     header = [
         "",
@@ -111,42 +109,19 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{text}\n\nwritten: {out}/report.md, race.png")
 
 
-def answered(
-    checkpoint: str | Path, found: list[dict], folder: Path
-) -> dict[str, list[dict]]:
-    """Greedy answers, one a record, and 8 sampled ones."""
-    greedy = held_out.answers(str(checkpoint), found, folder / "greedy.jsonl", plain=False)
-    path = folder / "sampled.jsonl"
-    sampled = held_out.answers(
-        str(checkpoint), found, path, plain=False, temperature=1.0, G=8
+def row_of(name: str, of: list[str], rows: dict, seconds: str) -> list[str]:
+    """A line of the table: the mean over the runs `of` this name."""
+    greedy = [rows[run, "greedy"] for run in of]
+    scores = np.array([[row["score"] for row in rows[run, "sampled"]] for run in of])
+    best = scores.reshape(len(of), -1, 8).max(2).mean()
+    gain = held_out.difference(greedy, [rows["start", "greedy"]] * len(of))
+    right, r_deg, r_len = (
+        held_out.over_seeds(greedy, key).mean() for key in ("score", "r_deg", "r_len")
     )
-    return {"greedy": greedy, "sampled": sampled}
-
-
-def row_of(name: str, each: list[dict], start: dict | None, seconds: str) -> list[str]:
-    greedy = [one["greedy"] for one in each]
-    scores = np.array([[row["score"] for row in one["sampled"]] for one in each])
-    best = scores.reshape(len(each), -1, 8).max(2).mean()
-    gain = "-"
-    if start:
-        gain = interval(
-            held_out.difference(greedy, [start["greedy"]] * len(each))._asdict()
-        )
-    means = [
-        np.mean([held_out.mean(rows, key) for rows in greedy])
-        for key in ("score", "r_deg", "r_len")
-    ]
-    accuracy, deg, length = (f"{value:.3f}" for value in means)
-    return [
-        name,
-        accuracy,
-        gain,
-        f"{scores.mean():.3f}",
-        f"{best:.3f}",
-        deg,
-        length,
-        seconds,
-    ]
+    values = (right, scores.mean(), best, r_deg, r_len)
+    accuracy, *others = (f"{value:.3f}" for value in values)
+    less = "-" if name == "start" else interval(gain._asdict())
+    return [name, accuracy, less, *others, seconds]
 
 
 def figure(points: dict[str, list[float]]):

@@ -4,10 +4,14 @@ finished stays, what was begun goes on."""
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 from rr1 import files
 from rr1.evaluation import metrics
@@ -36,11 +40,23 @@ def train(config, tasks: dict[str, list]) -> None:
 def run_all(config, tasks: dict[str, list]) -> None:
     """Run scripts, config.jobs at a time; what they print goes to NAME.log in config.out. The
     first that fails ends it with its last lines."""
-    threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    environment = {"OMP_NUM_THREADS": str(threads(config)), "PYTHONUNBUFFERED": "1"}
     run = partial(run_one, Path(config.out), os.environ | environment)
     with ThreadPoolExecutor(config.jobs) as pool:
         list(pool.map(run, tasks.items()))  # the first error cancels what has not begun
+
+
+def threads(config) -> int:
+    """Each process's share of the cores."""
+    return max(1, (os.cpu_count() or 1) // config.jobs)
+
+
+def in_processes(config, function, calls: dict) -> dict:
+    """What function(*call) returns, by the name of each call; config.jobs at a time."""
+    context, share = get_context("spawn"), (threads(config),)
+    with ProcessPoolExecutor(config.jobs, context, torch.set_num_threads, share) as pool:
+        results = pool.map(function, *zip(*calls.values()))
+        return dict(zip(tqdm(calls, function.__name__), results))
 
 
 def run_one(out: Path, environment: dict[str, str], task: tuple[str, list]) -> None:
@@ -81,12 +97,13 @@ def read_rows(path: Path) -> list[dict]:
     return metrics.damaged([metrics.judge(row) for row in files.read_lines(path)])
 
 
-def same_records(mode: str, models: dict[str, list[dict]], first: str) -> None:
-    """SystemExit unless all models answered the records that `first` did, in the same order."""
-    keys = [row["key"] for row in models[first]]
+def same_records(models: dict[str, list[dict]]) -> None:
+    """SystemExit unless all models answered the same records, in the same order."""
+    first, keys = next(iter(models)), {}
     for name, answered in models.items():
-        if [row["key"] for row in answered] != keys:
+        keys[name] = [row["key"] for row in answered]
+        if keys[name] != keys[first]:
             raise SystemExit(
-                f"{mode}: {name} and {first} did not answer the same records; delete {mode}/ and "
+                f"{name} and {first} did not answer the same records; delete their folders and "
                 "run again"
             )

@@ -42,9 +42,8 @@ class WithoutVideo(ProcessorMixin):
             for group in images:
                 flat += group if isinstance(group, (list, tuple)) else [group]
             seen = dict(self.image_processor(images=flat, return_tensors="pt"))
-            counts = iter(
-                (seen["image_grid_thw"].prod(-1) // 4).tolist()
-            )  # 2 x 2 patches a token
+            # 2 x 2 patches a token
+            counts = iter((seen["image_grid_thw"].prod(-1) // 4).tolist())
             for i, line in enumerate(texts):
                 first, *rest = line.split(PLACEHOLDER)
                 texts[i] = first + "".join(

@@ -248,7 +248,7 @@ def write_shown(
 def answer_tables(rows: dict[str, list[dict]]) -> str:
     """{name: judged rows on damaged pictures} -> what is right, and the same less the base's I_c
     for a question alone, less the chain's for a chain."""
-    same_records("greedy", rows, "base")
+    same_records(rows)
     asked = [("choice", level) for level in LEVELS]
     asked += [("choice", None), ("open", None), ("caption", None)]
     titles = [f"{form}, {level or 'all'}" for form, level in asked]

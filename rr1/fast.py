@@ -109,12 +109,12 @@ def branch_attention(
     _, heads, _, size = query.shape
     shared = key.shape[1]
 
-    def by_column(
-        x: Tensor,
-    ) -> Tensor:  # (.., heads, columns, size) -> (all columns, heads, size)
+    # (.., heads, columns, size) -> (all columns, heads, size)
+    def by_column(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)
 
-    def of_responses(x: Tensor) -> Tensor:  # (B, heads, N, size) -> (R, heads, L, size)
+    # (B, heads, N, size) -> (R, heads, L, size)
+    def of_responses(x: Tensor) -> Tensor:
         return by_column(x)[packed.own].transpose(1, 2)
 
     # 1. the prompts, each causally among itself
@@ -129,9 +129,8 @@ def branch_attention(
         enable_gqa=True,
     )
     # 2. the responses, each at its prompt and itself; heads that share keys: rows of one product
-    keys = torch.cat(
-        [prompt_key[packed.row], of_responses(key)], dim=2
-    )  # (R, shared, P + L, size)
+    # (R, shared, P + L, size) each
+    keys = torch.cat([prompt_key[packed.row], of_responses(key)], dim=2)
     values = torch.cat([prompt_value[packed.row], of_responses(value)], dim=2)
     mixed = F.scaled_dot_product_attention(
         of_responses(query).reshape(R, shared, -1, size),
@@ -226,9 +225,8 @@ def decoding_step(
         queries = attention.q_proj(h).view(by_head).transpose(1, 2)  # (B, heads, q, size)
         keys = attention.k_proj(h).view(by_head).transpose(1, 2)  # (B, shared, q, size)
         values = attention.v_proj(h).view(by_head).transpose(1, 2)
-        keys, values = columns.update(
-            rotate(keys, cos, sin), values
-        )  # (B, shared, n, size)
+        keys = rotate(keys, cos, sin)
+        keys, values = columns.update(keys, values)  # (B, shared, n, size) each
         mixed = F.scaled_dot_product_attention(
             rotate(queries, cos, sin).reshape(B, shared, -1, attention.head_dim),
             keys,

@@ -117,12 +117,11 @@ def prefill(model, prompts: Sequence[Prompt], cache: Cache) -> tuple[Tensor, Ten
         )
 
     ids = left_pad([p.ids for p in prompts])  # (B, P)
+    positions = left_pad([p.positions.T for p in prompts])  # (B, P, 3)
     owner = left_pad([torch.full_like(p.ids, PROMPT) for p in prompts], NOBODY)
     out = model.model.language_model(
         inputs_embeds=embed(model, ids, torch.cat([p.features for p in prompts])),
-        position_ids=left_pad([p.positions.T for p in prompts]).permute(
-            2, 0, 1
-        ),  # (3, B, P)
+        position_ids=positions.permute(2, 0, 1),
         attention_mask=owner == PROMPT,
         past_key_values=cache,
         use_cache=True,
@@ -146,9 +145,8 @@ def pick(logps: Tensor, u: Tensor) -> Tensor:
     probability exceeds u."""
     cumulative = logps.exp().cumsum(-1)
     total = cumulative[..., -1]
-    below_total = total.nextafter(
-        torch.zeros_like(total)
-    )  # not past the last possible token
+    # not past the last possible token
+    below_total = total.nextafter(torch.zeros_like(total))
     threshold = torch.minimum(u * total, below_total)
     return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
 

@@ -29,11 +29,8 @@ from rr1.curves import draw_curves
 from rr1.runtime import Runtime, barrier, random_states, set_random_states, updates_of
 
 SKIPPED = 3  # so many steps in a row without a finite gradient end a run
-FREE = {
-    "out",
-    "resume",
-    "steps",
-}  # options that may differ when a run goes on; scripts add theirs
+# options that may differ when a run goes on; scripts add theirs
+FREE = {"out", "resume", "steps"}
 
 
 @dataclass
@@ -75,9 +72,8 @@ class RunFolder:
 
     def _check(self) -> None:
         """SystemExit where this run cannot use this folder."""
-        if not (
-            self.out / "metrics.jsonl"
-        ).exists():  # a start that failed before its first step
+        if not (self.out / "metrics.jsonl").exists():
+            # a start that failed before its first step
             (self.out / "skipped.json").unlink(missing_ok=True)
             return
         if not self.config.resume:

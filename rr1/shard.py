@@ -174,15 +174,12 @@ def save_model(model, folder: Path, rt: Runtime) -> None:
 def load_model(model, folder: Path, rt: Runtime) -> None:
     """Fill the model from a checkpoint folder, which rank 0 alone reads."""
     state = {}
-    if (
-        rt.is_main
-    ):  # by from_pretrained, since names on disk need not be those of the state dict
-        widest = max(
-            (p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize
-        )
-        plain = next(
-            kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)
-        )
+    if rt.is_main:
+        # by from_pretrained, since names on disk need not be those of the state dict
+        kinds = {p.dtype for p in model.parameters()}
+        widest = max(kinds, key=lambda dtype: dtype.itemsize)
+        classes = type(model).__mro__
+        plain = next(kind for kind in classes if not issubclass(kind, FSDPModule))
         state = plain.from_pretrained(folder, dtype=widest).state_dict()
     several = rt.world_size > 1
     options = StateDictOptions(full_state_dict=several, broadcast_from_rank0=several)

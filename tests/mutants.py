@@ -135,8 +135,8 @@ degrade.py
         for top in (1, 255, 65535, np.inf)
         for top in (255, 65535, np.inf)
     test_degrade.py::test_the_same_picture_is_opened_as_for_training
-        data, cv2.IMREAD_COLOR
-        data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        cv2.imdecode(data, cv2.IMREAD_COLOR)
+        cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     test_degrade.py::test_a_wrong_argument_is_named_and_nothing_is_written
         if image in plan:
         if False:
@@ -660,8 +660,8 @@ train_grpo.py
         y, groups[0].record, formula,
         copy.deepcopy(policy, {id(visual): visual})
         policy
-        "loss", loss, count=len(part) / config.prompts
-        "loss", loss, count=1
+        share = len(part) / config.prompts
+        share = 1
     test_step.py::test_the_random_numbers_of_two_steps_differ
         data.seed_for(config.seed, step, place)
         data.seed_for(config.seed, place)

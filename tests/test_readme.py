@@ -24,7 +24,7 @@ ROWS = re.findall(r"^\| \((\d+)\) \|(.*)\|$", section("Paper map"), re.M)
 def test_the_two_commands_are_there_once():
     for command in (
         "pip install -r requirements.txt && torchrun train_grpo.py",
-        "pip install -r requirements.txt && pytest",
+        "pip install -r requirements.txt && pytest -n auto",
     ):
         assert len(re.findall(rf"^{re.escape(command)}$", README, re.M)) == 1, command
     assert (ROOT / "requirements.txt").read_text().splitlines()[1].startswith("torch==")

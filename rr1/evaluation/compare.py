@@ -91,9 +91,8 @@ def draw_band(axes: Axes, curves: list[np.ndarray], color: str, label: str) -> N
         axes.plot(*curve.T, ".", markersize=2, alpha=0.3, color=color)
     shared = min(map(len, curves))
     steps = curves[0][:shared, 0]
-    smoothed = np.stack(
-        [smooth(smooth(curve[:, 1]))[:shared] for curve in curves]
-    )  # (seeds, steps)
+    smoothed = [smooth(smooth(curve[:, 1]))[:shared] for curve in curves]
+    smoothed = np.stack(smoothed)  # (seeds, steps)
     if len(curves) > 1:
         label += f" ({len(curves)} seeds)"
         low, high = smoothed.min(0), smoothed.max(0)

@@ -103,9 +103,8 @@ def table_2(reports: Reports) -> Figure:
         if table:
             x = np.array([0.0 if key == "clean" else float(key) for key in table])
             ticks = {s: f"{s:.0%}" for s in x} | ticks
-            aside = 0.008 * (
-                place - (len(reports) - 1) / 2
-            )  # so that no interval hides another
+            # so that no interval hides another
+            aside = 0.008 * (place - (len(reports) - 1) / 2)
             estimates = list(table.values())
             draw(axes, x + aside, estimates, place, f"{name} (n {estimates[0]['n']} each)")
     axes.set_xticks(list(ticks), list(ticks.values()))

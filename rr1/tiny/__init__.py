@@ -12,9 +12,7 @@ HERE = Path(__file__).resolve().parent
 BASE = str(HERE / "base")  # pretrained on captions, open and choice questions
 SFT = str(HERE / "sft")  # and then fine-tuned on chains: what train_sft.py makes of it
 GRPO = str(HERE / "grpo")  # and then reinforced: what train_grpo.py makes of that
-RESTORER = str(
-    HERE / "restorer"
-)  # recovers pictures: what train_recover.py --stage sft makes
+RESTORER = str(HERE / "restorer")  # recovers pictures: what train_recover.py makes
 WORLD = Path("runs/tiny-world")  # where the data set is written when first needed
 
 

@@ -142,13 +142,11 @@ class Batches(IterableDataset):
         ids, answers = [], []
         for kind, text, answer in turns:
             prompt = self.processor.prompt_ids(text, [1])
-            prompt = prompt[
-                prompt.index(self.processor.image_token_id) + 2 :
-            ]  # after <|vision_end|>
+            picture = prompt.index(self.processor.image_token_id)
+            prompt = prompt[picture + 2 :]  # after <|vision_end|>
             if ids:  # the picture belongs to the first turn alone
-                prompt = (
-                    self.processor.tokenizer("\n<|im_start|>user\n")["input_ids"] + prompt
-                )
+                turn = self.processor.tokenizer("\n<|im_start|>user\n")
+                prompt = turn["input_ids"] + prompt
             response = self.processor.response_ids(answer)
             start = len(ids) + len(prompt)
             ids += prompt + response

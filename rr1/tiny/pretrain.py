@@ -49,32 +49,27 @@ class Heads(nn.Module):
             "shape": 1 + len(scenes.SHAPES),
             "color": 1 + len(scenes.COLORS),
             "place": 16,
-        }
-        sizes |= {
             "ground": len(scenes.GROUNDS),
             "present": len(world.TYPES),
             "intensity": len(world.TYPES),
         }
-        self.read = nn.ModuleDict(
-            {name: nn.Linear(hidden, size) for name, size in sizes.items()}
-        )
+        heads = {name: nn.Linear(hidden, size) for name, size in sizes.items()}
+        self.read = nn.ModuleDict(heads)
 
     def forward(self, features: Tensor, batch: dict) -> tuple[Tensor, dict[str, float]]:
         """features (B, 16, H) -> loss, shares read right. A target of -100 is not read."""
         whole = features.mean(1)  # (B, H)
-        cells = {
-            name: self.read[name](features).flatten(0, 1)
-            for name in ("shape", "color", "place")
-        }  # (16 B, classes)
         shape, color = batch["cells"].flatten(0, 2).unbind(-1)  # (16 B,) each
+        place = torch.arange(16).repeat(len(features))
         targets = {
             "shape": shape,
             "color": color,
-            "place": torch.arange(16).repeat(len(features)),
+            "place": place,
         }
-        ground, present, intensity = (
-            self.read[name](whole) for name in ("ground", "present", "intensity")
-        )
+        # (16 B, classes) each
+        cells = {name: self.read[name](features).flatten(0, 1) for name in targets}
+        wholly = ("ground", "present", "intensity")
+        ground, present, intensity = (self.read[name](whole) for name in wholly)
         is_there, s = batch["damage"].unbind(1)  # (B, types) each
         error = ((intensity - s).abs() * is_there).sum() / is_there.sum().clamp(min=1)
         loss = 0.5 * F.cross_entropy(ground, batch["grounds"]) + 2 * error
@@ -86,9 +81,8 @@ class Heads(nn.Module):
             name: (cells[name].argmax(-1) == targets[name])[filled].float().mean()
             for name in cells
         }
-        hits["damage_f1"] = (
-            2 * (found * is_there).sum() / (found.sum() + is_there.sum()).clamp(min=1)
-        )
+        both = (found.sum() + is_there.sum()).clamp(min=1)
+        hits["damage_f1"] = 2 * (found * is_there).sum() / both
         hits["intensity_error"] = error
         return loss, {name: value.item() for name, value in hits.items()}
 
@@ -108,21 +102,17 @@ def language_loss(
     """Mean over the turns of the answer's mean token loss; the share of answers, by kind, whose
     every token is likelier than not."""
     losses, right = [], defaultdict(list)
-    for part in (
-        slice(0, -1),
-        slice(-1, None),
-    ):  # short and long conversations apart: less padding
+    # short and long conversations apart: less padding
+    for part in (slice(0, -1), slice(-1, None)):
         talks = [parts[part] for parts in batch["conversations"]]
-        logps, _, _ = group_logps(
-            model, prompts, [[ids for ids, _ in parts] for parts in talks]
-        )  # (N, L)
+        wanted = [[ids for ids, _ in parts] for parts in talks]
+        logps, _, _ = group_logps(model, prompts, wanted)  # (N, L)
         for row, (_, answers) in enumerate(talk for parts in talks for talk in parts):
             for kind, start, end in answers:
                 losses.append(-logps[row, start:end].mean())
                 right[kind].append(bool((logps[row, start:end] > log(0.5)).all()))
-    return torch.stack(losses).mean(), {
-        kind: sum(r) / len(r) for kind, r in sorted(right.items())
-    }
+    shares = {kind: sum(r) / len(r) for kind, r in sorted(right.items())}
+    return torch.stack(losses).mean(), shares
 
 
 @torch.no_grad()
@@ -142,17 +132,11 @@ def same_size(model, heads: Heads, batch: dict) -> None:
 
 @dataclass
 class Config:
-    out: str = opt(
-        "runs/tiny-base",
-        "the run's folder; the checkpoint is its subfolder model/",
-    )
+    out: str = opt("runs/tiny-base", "folder; the checkpoint is its subfolder model/")
     vision_steps: int = opt(1800, "steps of the vision phase")
     steps: int = opt(560, "steps of the whole phase")
     again: int = opt(260, "steps of its second round, from 0.6 of the rate")
-    batch: int = opt(
-        32,
-        "pictures that are talked about a step, over all processes",
-    )
+    batch: int = opt(32, "pictures that are talked about a step, over all processes")
     lr: float = opt(1.5e-3, "peak learning rate")
     seed: int = opt(0, "fixes the weights' start and the data")
 
@@ -226,9 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(a.seed)
-    if not (
-        out / "model"
-    ).exists():  # the tokenizer is made once: its ids follow from the world's text
+    if not (out / "model").exists():
+        # the tokenizer is made once: its ids follow from the world's text
         with runtime.main_first(rt):
             build_processor().save_pretrained(out / "model")
     processor = Processor.from_pretrained(str(out / "model"))
@@ -239,9 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     end = header.index(processor.image_token_id) + 17  # 16 image tokens and <|vision_end|>
     loss_of = partial(losses, model, heads, header=header[:end])
     if rt.is_main:
-        print(
-            f"{vlm.count_parameters(model)}; {len(processor.tokenizer)} tokens in the vocabulary"
-        )
+        tokens = len(processor.tokenizer)
+        print(f"{vlm.count_parameters(model)}; {tokens} tokens in the vocabulary")
 
     # 1. vision
     share = a.batch // rt.world_size

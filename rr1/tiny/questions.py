@@ -21,12 +21,8 @@ from rr1.chain import Chain, render
 from rr1.tiny.scenes import BRIGHTNESS, COLORS, GROUNDS, PLACES, SHAPES, Scene, Thing
 
 COUNTS = ("one", "two", "three", "four")
-BESIDE = {
-    "right of": (0, 1),
-    "left of": (0, -1),
-    "below": (1, 0),
-    "above": (-1, 0),
-}  # row, column
+# row, column
+BESIDE = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}
 PIECE = re.compile(r"\n?<[A-Z_]+>|\([01]\.|\d| ?[a-z]+| ?[^\sa-z\d<]+|\s")
 
 

@@ -31,12 +31,8 @@ BRIGHTNESS = ("white", "grey", "black")
 # twice as frequent: dark or faded, they look like others
 FICKLE = ("white", "grey", "red", "blue", "green")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-PLACES = (
-    "top left",
-    "top right",
-    "bottom left",
-    "bottom right",
-)  # the reading order of captions
+# the reading order of captions
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 GROUNDS = ("grass", "sand", "water", "brick")
 
 

@@ -46,12 +46,8 @@ LEVELS = {"none": (0, 0), "light": (0, 0.75), "medium": (0.75, 1.5), "strong": (
 ORDER = ("none", "light", "medium", "medium", "strong", "strong", "strong", "strong")
 TYPES = [kind for kinds in STAGES.values() for kind in kinds]
 CARELESS = 0.3  # the share of the training chains whose teacher is careless
-DECIDING = {
-    "darkness": 6,
-    "saturation": 6,
-    "graffiti": 2,
-    "shifting": 2,
-}  # times as frequent
+# times as frequent
+DECIDING = {"darkness": 6, "saturation": 6, "graffiti": 2, "shifting": 2}
 
 
 class Sample(NamedTuple):

@@ -133,9 +133,8 @@ class Restorer(nn.Module):
             nn.SiLU(),
             conv(a, 24),
         )
-        self.colour = conv(
-            b, 12, size=1
-        )  # 3 x 4: to each colour from 1, red, green and blue
+        # 3 x 4: to each colour from 1, red, green and blue
+        self.colour = conv(b, 12, size=1)
         start_at_zero(self.end[-1])
         start_at_zero(self.colour)
 

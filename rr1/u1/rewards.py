@@ -111,9 +111,8 @@ def tower_encoder(name: str, device: torch.device | str) -> Encoder:
     def encode(pictures: Tensor) -> Tensor:
         images = [Image.fromarray(picture) for picture in to_uint8(pictures)]
         images = [image.resize((TOWER_SIDE, TOWER_SIDE), Image.BICUBIC) for image in images]
-        features = vlm.encode_images(
-            model, *processor.pixels(images)
-        )  # N of (tokens, width)
+        # N of (tokens, width)
+        features = vlm.encode_images(model, *processor.pixels(images))
         return torch.stack(features).mean(1)
 
     return encode
