@@ -22,7 +22,8 @@ G 8 and one update per rollout are those of the published run. With one update t
 current one: its log-probabilities are `logps.detach()`, no extra pass. See the README for Eq. (6),
 which is read as a one-to-one matching.
 
-Shapes: B prompts a step, G responses each, n prompts in a micro-batch, L tokens.
+Shapes: B prompts of a step in this process, G responses each, K rewards, n prompts in a
+micro-batch, L tokens.
 """
 
 import os
@@ -79,7 +80,9 @@ class Config(training.Options):
         "grpo", "from rewards to advantages; grpo: Eq. (10)", [*ADVANTAGES]
     )
     loss: str = opt(
-        "grpo", "mean over responses, as if all were longest, or tokens", grpo.LOSSES
+        "grpo",
+        "mean over responses (grpo), these as if all were longest (dr_grpo), or tokens (dapo)",
+        grpo.LOSSES,
     )
     mask_truncated: bool = opt(False, "leave responses that were cut off out of the loss")
     clip: float = opt(
@@ -219,7 +222,10 @@ def main(argv: list[str] | None = None) -> None:
 def load_rewards(config: Config) -> dict[str, rewards.Reward]:
     if len(config.reward_weights) not in (0, len(config.rewards)):
         raise SystemExit("--reward-weights: give one for each of --rewards, or none")
-    return rewards.load_rewards(config.rewards)
+    try:
+        return rewards.load_rewards(config.rewards)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"--rewards: {error}") from None
 
 
 def check_record(config: Config, processor, policy, record: dict) -> None:
@@ -291,10 +297,10 @@ def update(
     kept_tokens = runtime.sum_over_ranks({"tokens": sum(kept)}, rt)["tokens"]
     policy.train()
     old_logps: list[Tensor] = []
-    for _ in range(config.mu):
+    for number in range(config.mu):
         for k, part in enumerate(parts):
             logps, mask, entropy = score(policy, part, with_entropy=True)  # (n G, L) each
-            if len(old_logps) == k:  # the policy that sampled is still this one
+            if number == 0:  # the policy that sampled is still this one
                 old_logps.append(logps.detach())
                 gap = sampler_gap(part, logps.detach()) * mask  # (n G, L)
                 means.add("sampler_gap", gap, count=mask.sum())

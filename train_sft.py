@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> None:
 
     load = partial(load_step, config, rt, processor, model, found)
     batches = data.prefetch(load, range(first, config.steps), config.workers)
-    look = partial(training.held_out, config, rt, model, processor)
-    terms = rewards.load_rewards(["deg", "len"])
+    formula = rewards.load_rewards(["deg", "len"])
+    look = partial(training.held_out, config, rt, model, processor, formula)
     if config.eval_every and not first:
-        run.log(0, look(terms, 0), "now the training")
+        run.log(0, look(0), "now the training")
     with runtime.Interrupt(rt) as interrupt, run.kept(model, processor, optimizer):
         for step, (batch, responses) in batches:
             timer = runtime.Timer()
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"step {step + 1:4d}/{config.steps}  loss {metrics['loss']:.4f}  grad {norm:.2f}  "
                 f"lr {rate:.1e}  {tokens / seconds:.0f} tokens/s"
             )
-            run.log(step + 1, metrics | look(terms, step + 1), line)
+            run.log(step + 1, metrics | look(step + 1), line)
             run.end_step(step + 1, interrupt.requested, model, processor, optimizer)
     run.finish(model, processor)
     runtime.teardown(rt)

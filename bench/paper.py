@@ -14,8 +14,10 @@ and for the first --controls of the seeds:
     paper       sft, then train_grpo.py --rewards deg len, Eq. (9)
     released    sft, then train_grpo.py --rewards accuracy format deg_released len
     w/o r_len, w/o r_deg    sft, then one of the paper's two rewards alone, Table 3
-    more sft    sft trained on, on the same chains, for the seconds that `answer` took
     own best    sft fine-tuned on its own best responses by the rewards of `answer`, as many steps
+    longer      sft, then 160 steps of train_grpo.py, the answer's weight 3
+    more sft, much more sft     sft trained on, on the same chains, for the seconds that `answer`
+                and `longer` took
 
 All answer the held-out records, greedy. Those with strong damage are answered by sft and answer
 also with the picture blanked, and with TYPE written for them: the true damage, or another
@@ -46,10 +48,13 @@ CONTROLS = {
     "w/o r_len": ["--rewards", "deg"],
     "w/o r_deg": ["--rewards", "len"],
     "own best": [*ANSWER, "--advantage", "best", "--beta", 0],
+    "longer": [*ANSWER, "--reward-weights", 3, 1, 1, 1, "--steps", 160],
 }
+# fine-tuning for the seconds of an arm
+MORE = {"more sft": "answer", "much more sft": "longer"}
 PLAIN = ("base", "plain")
 FORCED = ("sft", "answer")
-ARMS = (*PLAIN, *FORCED, *CONTROLS, "more sft")
+ARMS = (*PLAIN, *FORCED, *CONTROLS, *MORE)
 FORCINGS = (held_out.TRUE, held_out.OTHER, held_out.BLANK)
 # what is compared at strong damage: after, before
 PAIRS = [
@@ -63,6 +68,10 @@ PAIRS = [
     ("w/o r_deg", "sft"),
     ("own best", "sft"),
     ("more sft", "sft"),
+    ("longer", "sft"),
+    ("longer", "plain"),
+    ("much more sft", "sft"),
+    ("longer", "much more sft"),
     ("answer", "more sft"),
     ("answer", "own best"),
     ("paper", "w/o r_deg"),
@@ -104,13 +113,15 @@ def main(argv: list[str] | None = None) -> None:
     controlled = config.seeds[: config.controls]
     for s in controlled:
         for arm, options in CONTROLS.items():
-            tasks[folder(arm, s)] = ["train_grpo.py", *start[s], *options, *grpo]
+            tasks[folder(arm, s)] = ["train_grpo.py", *start[s], *grpo, *options]
     runs.train(config, tasks)
     tasks = {}
     for s in controlled:
-        steps = runs.steps_in(sum(runs.seconds(out / f"answer-{s}")), out / f"probe-{s}")
-        more = ["--lr", 3e-4, "--steps", steps]
-        tasks[folder("more sft", s)] = ["train_sft.py", *start[s], *sft, *more]
+        for arm, other in MORE.items():
+            took = sum(runs.seconds(out / folder(other, s)))
+            steps = runs.steps_in(took, out / f"probe-{s}")
+            more = ["--lr", 3e-4, "--steps", steps]
+            tasks[folder(arm, s)] = ["train_sft.py", *start[s], *sft, *more]
     runs.train(config, tasks)
 
     # 2. answer
@@ -118,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     strong = [record for record in found if record["level"] == "strong"]
     calls = {}
     for arm in ARMS:
-        seeds = controlled if arm in (*CONTROLS, "more sft") else config.seeds
+        seeds = controlled if arm in (*CONTROLS, *MORE) else config.seeds
         for s in seeds if arm != "base" else [0]:
             name = folder(arm, s)
             model = config.model if arm == "base" else str(out / name / "model")

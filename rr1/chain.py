@@ -183,8 +183,10 @@ def _written(s: float) -> str:
 
 def _listed(body: str) -> list[Degradation] | None:
     """`name(number), ..` -> instances; None if any of them cannot be read."""
+    if not body.strip():
+        return []
     instances = []
-    for item in body.split(",", MAX_INSTANCES - 1) if body.strip() else ():
+    for item in body.split(",", MAX_INSTANCES - 1):
         item = item.strip()
         instance = _instance(item[:-1]) if item.endswith(")") else None
         if instance is None:

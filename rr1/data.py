@@ -240,13 +240,12 @@ def prefetch(
 ) -> Iterator[tuple[int, Any]]:
     """(step, make(step)) in order, made by threads while earlier ones are used: by one, or several
     `workers` for pictures that take longer to read than a step takes to compute."""
-    # A thread computes alone: helpers of its own would go on spinning for a while after each of
-    # its operations, on the cores that the training needs.
     ahead: deque[tuple[int, Future]] = deque()
     workers = max(1, workers)
-    with ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    # A thread computes alone: helpers of its own would go on spinning for a while after each of
+    # its operations, on the cores that the training needs.
+    alone = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ThreadPoolExecutor(workers, **alone) as pool:
         for step in steps:
             ahead.append((step, pool.submit(make, step)))
             if len(ahead) > workers:

@@ -63,8 +63,8 @@ def branches(share: int, owner: Tensor, dtype: torch.dtype) -> dict[str, Branche
     prompt_length = is_prompt.sum(dim=1)  # (B,)
     P = int(prompt_length.max())
     column = (owner >= 0).flatten().nonzero()[:, 0]  # of all response tokens, (T,)
-    row = column // N
-    response = row * N + owner.flatten()[column]  # a number of its own for each, (T,)
+    # a number of its own for each response, (T,)
+    response = column // N * N + owner.flatten()[column]
     length = response.unique_consecutive(return_counts=True)[1]  # (R,)
     own = pad_sequence(column.split(length.tolist()), batch_first=True)  # (R, L)
     R, L = own.shape

@@ -30,12 +30,6 @@ class Group:
     advantages: Tensor | None = None  # A, Eq. (10), (G,)
 
 
-def damage_of(record: dict) -> str | None:
-    """The true TYPE section of a record that holds labels alone."""
-    true = record.get("degradations")
-    return None if true is None else render(Chain(true)).splitlines()[0]
-
-
 def to_text(r: Rollout, processor: Processor) -> rewards.Response:
     return rewards.Response(processor.decode(r.ids), r.length, r.truncated)
 
@@ -66,11 +60,13 @@ def to_read(groups: list[Group]) -> list[dict]:
     """The groups' responses as rows of rollouts.jsonl."""
     rows = []
     for group in groups:
+        record = group.record
+        truth = record["response"] or render(Chain(record["degradations"]))
         for i, y in enumerate(group.responses):
             row = {
-                "id": group.record["id"],
-                "image": group.record["image"],
-                "truth": group.record["response"] or damage_of(group.record),
+                "id": record["id"],
+                "image": record["image"],
+                "truth": truth,
                 "response": y,
                 "reward": group.rewards[i],
                 **group.terms[i],

@@ -105,13 +105,12 @@ def read(
     """
     path = Path(path)
     if not path.exists():
-        advice = "Give a file of JSON lines, or leave --data out for the drawn world."
-        raise SystemExit(f"--data {path}: no such file. {advice}")
+        advice = "Give a file of JSON lines, or leave the option out for the drawn world."
+        raise SystemExit(f"{path}: no such file. {advice}")
     records = Records(path, Path(image_folder or path.parent))
     quiet = None if os.environ.get("RANK", "0") == "0" else True
-    for number, item in enumerate(
-        tqdm(records.items, path.name, delay=2, disable=quiet), start=1
-    ):
+    items = tqdm(records.items, path.name, delay=2, disable=quiet)
+    for number, item in enumerate(items, start=1):
         if isinstance(item, bytes) and not item.strip():
             continue
         try:
@@ -326,11 +325,10 @@ def _turns(raw: dict) -> dict:
     """
     said, images = [], []
     for turn in raw.get("messages") or raw["conversations"]:
-        speaker, content = (
-            turn.get("from", turn.get("role")),
-            turn.get("value", turn.get("content")),
-        )
-        role, text = ROLES.get(speaker), _text(content, images)
+        speaker = turn.get("from", turn.get("role"))
+        content = turn.get("value", turn.get("content"))
+        role = ROLES.get(speaker)
+        text = _text(content, images)
         if role is None or text is None or said and said[-1][0] == role:
             expected = "human (or user) and gpt (or assistant) in turn, each saying text"
             raise ValueError(

@@ -169,14 +169,11 @@ def accuracy(response: Response, record: dict) -> float:
     `wagons`, `1. wagons`), tried in that order; without, the texts must be equal. Everything
     else, a record without an answer too, earns 0.0.
     """
-    answer, truth, choices = (
-        response.chain.answer,
-        record.get("answer"),
-        record.get("choices"),
-    )
+    answer = response.chain.answer
+    truth = record.get("answer")
     if not answer or truth is None:
         return 0.0
-    right, _ = is_right(answer, truth, choices)
+    right, _ = is_right(answer, truth, record.get("choices"))
     return float(right)
 
 

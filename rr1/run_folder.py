@@ -35,8 +35,8 @@ FREE = {"out", "resume", "steps"}
 
 @dataclass
 class RunFolder:
-    """A run's folder. `config` is a dataclass with `out`, `resume` and `tracker`; rank 0
-    writes, all call.
+    """A run's folder. `config` is a dataclass with `out`, `resume`, `steps`, `save_every`, `seed`
+    and `tracker`; rank 0 writes, all call.
 
     panels    the plots of curves.png, {title: [names of metrics]}, `*` allowed; none: one a metric
     free      options, besides `FREE`, that may differ when a run goes on
@@ -80,7 +80,8 @@ class RunFolder:
             raise SystemExit(
                 f"{self.out} already holds a run: use --resume to go on with it, or another --out"
             )
-        path, defaults = self.out / "config.json", asdict(type(self.config)())
+        path = self.out / "config.json"
+        defaults = asdict(type(self.config)())
         files.same_settings(path, self.settings, FREE.union(self.free), defaults=defaults)
 
     def say(self, text: str) -> None:
@@ -242,8 +243,10 @@ class RunFolder:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             step = state["step"]
         if self.rt.is_main:
-            self.rows = files.cut_back(self.out / "metrics.jsonl", step)
-            files.cut_back(self.out / "rollouts.jsonl", step)
+            # a start afresh looks at the held-out records again before its first step
+            kept = step if folder else -1
+            self.rows = files.cut_back(self.out / "metrics.jsonl", kept)
+            files.cut_back(self.out / "rollouts.jsonl", kept)
         if folder is None:
             if self.config.resume:
                 self.say(f"nothing to resume in {self.out}: starting afresh")

@@ -47,7 +47,6 @@ class Runtime:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     device: torch.device = torch.device("cpu")
 
     @property
@@ -92,7 +91,7 @@ def setup(seed: int | None = None) -> Runtime:
         atexit.register(_end)  # early, so that it runs after a tracker's last upload
     if seed is not None:
         seed_everything(seed + rank)
-    return Runtime(rank, world_size, local_rank, device)
+    return Runtime(rank, world_size, device)
 
 
 def check_even(rt: Runtime, option: str, n: int) -> None:
@@ -129,7 +128,7 @@ def _end() -> None:
 def barrier(rt: Runtime) -> None:
     """Wait until every process is here."""
     if rt.world_size > 1:
-        dist.barrier(device_ids=[rt.local_rank] if rt.device.type == "cuda" else None)
+        dist.barrier(device_ids=[rt.device.index] if rt.device.type == "cuda" else None)
 
 
 @contextmanager
@@ -298,6 +297,8 @@ class Timer:
         self._before = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # passes are queued: wait until they are done
         now = time.perf_counter()
         self.seconds["seconds/" + name] = now - self._before
         self._before = now
@@ -366,8 +367,8 @@ def parse_config(
 ) -> Any:
     """The command line as an instance of the dataclass `config`.
 
-    `group_size: int` is --group-size N, a bool is --name and --no-name, a list[float] takes one or
-    several values, `X | None` is read as X.
+    `group_size: int` is --group-size N, a bool is --name, and --no-name where its default is True,
+    a list[float] takes one or several values, `X | None` is read as X.
     """
     module = sys.modules["__main__"].__spec__  # None: a script, which has its own name
     prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None

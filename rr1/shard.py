@@ -155,11 +155,6 @@ def gathered(model) -> Iterator[None]:
         model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def save_model(model, folder: Path, rt: Runtime) -> None:
     """Write an ordinary checkpoint folder, from rank 0."""
     options = {}

@@ -15,6 +15,8 @@ FREE = {
     "workers",
     "tracker",
     "shard",
+    "micro_batch",
+    "gradient_checkpointing",
     "eval_every",
     "eval_data",
     "eval_records",
@@ -74,7 +76,8 @@ def load_model(config, rt: Runtime):
     if not config.shard:
         shard.broadcast_parameters(model, rt)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # the whole model would have the frozen tower keep a graph, which all parts of a step share
+        model.model.language_model.gradient_checkpointing_enable()
     return model, processor
 
 
@@ -99,16 +102,15 @@ def held_out(
         return {}
     with runtime.main_first(rt):
         path = config.eval_data or tiny.dataset("test")
-    found = records.read(path, config.images if config.eval_data else None)[
-        : config.eval_records
-    ]
+    images = config.images if config.eval_data else None
+    found = records.read(path, images)[: config.eval_records]
     mine = found[rt.rank :: rt.world_size]
     plain = getattr(config, "plain", False)
-    terms = {} if plain else formula
+    formula = {} if plain else formula
     means = Means()
     names = ["accuracy", *(f"accuracy/{level}" for level in records.LEVELS)]
-    if terms:
-        names += ["f1", *(f"reward/{name}" for name in terms)]
+    if formula:
+        names += ["f1", *(f"reward/{name}" for name in formula)]
     for name in names:  # a process without records logs them, too
         means.add(name, 0.0, count=0)
     model.eval()
@@ -130,25 +132,23 @@ def held_out(
                 y = to_text(r, processor)
                 if plain:  # the answer alone
                     y = rewards.Response(f"<ANSWER>{y}<ANSWER_END>", y.length, y.truncated)
-                judge(
-                    means,
-                    y,
-                    record | {"length": data.true_length(record, processor)},
-                    terms,
-                )
+                length = data.true_length(record, processor)
+                judge(means, y, record | {"length": length}, formula)
     model.model.language_model.train()
-    found = means.over_ranks(rt)
-    shown = "  ".join(f"{name} {mean:.3f}" for name, mean in found.items())
+    seen = means.over_ranks(rt)
+    shown = "  ".join(f"{name} {mean:.3f}" for name, mean in seen.items())
     if rt.is_main:
         print(f"held out, step {step}: {shown}", flush=True)
-    return {f"eval/{name}": mean for name, mean in found.items()}
+    return {f"eval/{name}": mean for name, mean in seen.items()}
 
 
-def judge(means: Means, y: rewards.Response, record: dict, terms: dict) -> None:
-    for name, reward in terms.items():
-        means.add(f"reward/{name}", reward(y, record))
+def judge(means: Means, y: rewards.Response, record: dict, formula: dict) -> None:
+    """Add what a held-out response earns, and whether it is right."""
     named, true = y.chain.degradations, record["degradations"]
-    if terms:
+    if formula:
+        _, terms = rewards.composite(y, record, formula)
+        for name, value in terms.items():
+            means.add(f"reward/{name}", value)
         pairs, _ = rewards.match_types(named, true)
         means.add("f1", 2 * pairs, count=len(named) + len(true))
     if record["answer"] is not None:

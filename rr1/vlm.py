@@ -365,7 +365,7 @@ def group_logps(
     Each group is one packed row, which gives what G separate rows [prompt, response] give, and
     computes the prompt once (docs/learn/sharing.md). Where that saves little (`token_ratio` under
     PACK_FROM) the rows are separate.
-    -> logps (N, L), mask (N, L), and entropies (N, L) without gradient where asked; N is all
+    -> logps (R, L), mask (R, L), and entropies (R, L) without gradient where asked; R is all
     responses in order, padded on the right with 0.
     """
     if token_ratio(prompts, responses) < PACK_FROM:
@@ -375,13 +375,13 @@ def group_logps(
     embeddings = embed(
         model, packed.ids, torch.cat([prompt.features for prompt in prompts])
     )
-    mask = None  # one response a row: causal attention
+    attention = None  # one response a row: causal
     if len(packed.lengths) > len(prompts):
         make_mask = getattr(model, "fast_mask", attention_mask)  # see rr1/fast.py
-        mask = make_mask(packed.owner, embeddings.dtype)
+        attention = make_mask(packed.owner, embeddings.dtype)
     out = model.model.language_model(
         inputs_embeds=embeddings,
-        attention_mask=mask,
+        attention_mask=attention,
         position_ids=packed.positions,
         use_cache=False,
     )
@@ -390,8 +390,10 @@ def group_logps(
         model, hidden, packed.targets, temperature, banned, with_entropy
     )
 
-    def by_response(values):  # (T,) -> (N, L)
+    def by_response(values):  # (T,) -> (R, L)
         return pad_sequence(values.split(packed.lengths), batch_first=True)
 
     mask = by_response(torch.ones_like(logps))
-    return by_response(logps), mask, by_response(entropy) if with_entropy else None
+    if with_entropy:
+        entropy = by_response(entropy)
+    return by_response(logps), mask, entropy

@@ -371,7 +371,7 @@ rr1/rewards.py
         return 1 - abs(length - truth_length) / truth_length
         return 1 - abs(length - truth_length) / length
     test_rewards.py::test_accuracy_of_a_choice
-        right, _ = is_right(answer, truth, choices)
+        right, _ = is_right(answer, truth, record.get("choices"))
         right = plain(answer) == plain(truth)
     test_rewards.py::test_rewards_read_the_records_damage_and_not_its_chain
         record["degradations"])
@@ -754,7 +754,7 @@ rr1/run_folder.py
         pass
         set_random_states(states["generators"], self.rt)
         pass
-        self.rows = files.cut_back(self.out / "metrics.jsonl", step)
+        self.rows = files.cut_back(self.out / "metrics.jsonl", kept)
         pass
     test_runtime.py::test_an_error_does_not_lose_the_steps_that_were_done
         between = updates == updates_of(optimizer)

@@ -453,7 +453,7 @@ def test_records_are_parsed_when_asked_for(tmp_path, monkeypatch):
 
 
 def test_no_file_and_no_records(tmp_path):
-    with pytest.raises(SystemExit, match="--data .*nowhere.jsonl: no such file"):
+    with pytest.raises(SystemExit, match="nowhere.jsonl: no such file"):
         read(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match="holds no records"):
         read(write(tmp_path, "", ""))

@@ -49,6 +49,11 @@ JOBS = {
 }  # a projection of its own, as the 7B model has it
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def arguments(folder: Path, name: str, flags: str) -> tuple[str, list[str]]:
     """The script's module and its command line."""
     inputs = json.loads((folder / "inputs.json").read_text())
@@ -181,7 +186,7 @@ def gradients(
     runtime.sum_gradients([p for _, p in trainable], rt)
     return (
         runtime.sum_over_ranks({"loss": loss}, rt)["loss"],
-        {name: shard.whole(p.grad) for name, p in trainable},
+        {name: whole(p.grad) for name, p in trainable},
         freed,
     )
 
@@ -201,7 +206,7 @@ def compare(folder: Path, rt: runtime.Runtime) -> dict:
         if dtype == torch.float32:
             found = dict([*other.named_parameters(), *other.named_buffers()])
             same = {
-                name: torch.equal(tensor, shard.whole(found[name]))
+                name: torch.equal(tensor, whole(found[name]))
                 for name, tensor in [*one.named_parameters(), *one.named_buffers()]
             }
             said |= {

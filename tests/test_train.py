@@ -484,9 +484,11 @@ def test_gradient_checkpointing_computes_again_and_ends_at_the_same_place(
         "checkpoint",
         lambda *args, **options: calls.append(1) or checkpoint(*args, **options),
     )
-    run = lab.run(script, "--gradient-checkpointing")
-    assert len(calls) == 2 * 2, (
-        "two layers in each of two steps; the frozen tower keeps nothing to compute again"
+    # several parts a step: what they share must not be needed twice
+    parts = {"sft": 3, "grpo": 2}[script]
+    run = lab.run(script, "--gradient-checkpointing --micro-batch 2")
+    assert len(calls) == 2 * parts * 2, (
+        "two layers in each part of two steps; the frozen tower keeps nothing to compute again"
     )
     assert lab.apart(run, base) < 1e-4
 
@@ -587,14 +589,14 @@ def test_a_reward_of_ones_own(lab, no_plots, tmp_path):
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        ("grpo", "--rewards deg lenght", "no reward 'lenght'"),
+        ("grpo", "--rewards deg lenght", "--rewards: .*no reward 'lenght'"),
         ("grpo", "--reward-weights 1", "--reward-weights"),
-        ("grpo", "--rewards nowhere.py:f", "nowhere.py"),
-        ("grpo", "--data nowhere.jsonl", "--data nowhere.jsonl"),
+        ("grpo", "--rewards nowhere.py:f", "--rewards: .*nowhere.py"),
+        ("grpo", "--data nowhere.jsonl", "nowhere.jsonl: no such file"),
     ],
 )
 def test_errors_before_the_first_step(lab, no_plots, script, flags, message):
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError), match=message):
+    with pytest.raises(SystemExit, match=message):
         lab.run(script, flags)
 
 
@@ -669,6 +671,19 @@ def assert_same_end(run: Run, whole: Run):
 @both
 def test_processes_that_read_ahead_change_nothing(lab, no_plots, script):
     assert_same_end(lab.run(script, LONGER + " --workers 2"), lab.run(script, LONGER))
+
+
+@both
+def test_a_run_goes_on_with_less_memory(lab, killed, no_plots, script):
+    """What docs/learn/questions.md advises where memory ran out; the same run but for rounding."""
+    whole, run = lab.run(script, LONGER), Run(lab.new_folder())
+    shutil.copytree(killed[script].out, run.out)
+    arguments = lab.arguments(script, LONGER, run.out)
+    less = ["--micro-batch", "1", "--gradient-checkpointing", "--resume"]
+    SCRIPTS[script].main([*arguments, *less])
+    assert [row["step"] for row in run.rows] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm"):
+        assert run.rows[2][name] == pytest.approx(whole.rows[2][name], rel=1e-3, abs=1e-6)
 
 
 @both
@@ -823,6 +838,24 @@ def test_held_out_answers_are_greedy_and_judged_by_the_rewards(lab, no_plots, sc
     assert looks[-1]["eval/accuracy"] == sum(answers) / len(answers)
     if script == "sft":  # two steps of GRPO need not change a greedy answer
         assert looks[0]["eval/reward/len"] != looks[-1]["eval/reward/len"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_looks_once(lab, no_plots):
+    first = watched(lab, "sft")
+    run = Run(lab.new_folder())
+    shutil.copytree(first.out, run.out)
+    shutil.rmtree(run.out / "checkpoints")
+    flags = f"{WATCH} --eval-data {lab.world}/test.jsonl --resume"
+    SCRIPTS["sft"].main(lab.arguments("sft", flags, run.out))
+    assert [row["step"] for row in run.rows] == [0, 1, 2, 3]
+
+
+def test_a_reward_that_fails_on_a_held_out_record_is_named():
+    record = {"id": "7", "degradations": [], "answer": None, "length": None}
+    with pytest.raises(RuntimeError, match="reward 'len' on record '7'"):
+        training.judge(
+            runtime.Means(), rewards.Response("", 0), record, rewards.load_rewards(["len"])
+        )
 
 
 def test_right_answers_are_counted_by_the_total_intensity(processor):

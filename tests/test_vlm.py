@@ -372,7 +372,7 @@ def test_gradient_checkpointing_changes_no_gradient(frozen, processor):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            frozen.gradient_checkpointing_enable()
+            frozen.model.language_model.gradient_checkpointing_enable()
         prompts = data.encode(frozen.train(), data.collate(TEXTS, pictures(), processor))
         vlm.group_logps(frozen, prompts, responses)[0].sum().backward()
         gradients.append(
