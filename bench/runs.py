@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from rr1 import files
-from rr1.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,20 +89,3 @@ def steps_in(total: float, probe: Path) -> int:
     """How many steps like those of a short run, the first two left out, take `total` seconds."""
     each = sorted(seconds(probe)[2:])
     return max(1, round(total / each[len(each) // 2]))
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Judged predictions on damaged pictures."""
-    return metrics.damaged([metrics.judge(row) for row in files.read_lines(path)])
-
-
-def same_records(models: dict[str, list[dict]]) -> None:
-    """SystemExit unless all models answered the same records, in the same order."""
-    first, keys = next(iter(models)), {}
-    for name, answered in models.items():
-        keys[name] = [row["key"] for row in answered]
-        if keys[name] != keys[first]:
-            raise SystemExit(
-                f"{name} and {first} did not answer the same records; delete their folders and "
-                "run again"
-            )

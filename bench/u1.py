@@ -37,7 +37,7 @@ from rr1.tiny import scenes, world
 from rr1.u1 import __main__ as data_set
 from rr1.u1 import pairs, report, rewards
 from rr1.u1.restorer import Restorer, recover, to_tensor
-from runs import begin, read_rows, run_all, same_records, seconds, steps_in, train
+from runs import begin, run_all, seconds, steps_in, train
 
 # a quarter of stage I's: this is a second round, from the first one's end
 CONTROL_LR = 6e-4
@@ -197,7 +197,10 @@ def answers(config: Config, out: Path, folders: dict[str, Path]) -> dict[str, li
         plain = [] if name.startswith("chain") else ["--plain", name]
         tasks[f"{out.name}-{name}"] = [*ask, *plain]
     run_all(config, tasks)
-    rows = {name: read_rows(out / name / name / "predictions.jsonl") for name in ROWS}
+    rows = {}
+    for name in ROWS:
+        answered = files.read_lines(out / name / name / "predictions.jsonl")
+        rows[name] = metrics.damaged(list(map(metrics.judge, answered)))
     rows["sum"] = added_logits(rows["base"], Path(config.out))
     return rows
 
@@ -248,7 +251,6 @@ def write_shown(
 def answer_tables(rows: dict[str, list[dict]]) -> str:
     """{name: judged rows on damaged pictures} -> what is right, and the same less the base's I_c
     for a question alone, less the chain's for a chain."""
-    same_records(rows)
     asked = [("choice", level) for level in LEVELS]
     asked += [("choice", None), ("open", None), ("caption", None)]
     titles = [f"{form}, {level or 'all'}" for form, level in asked]

@@ -75,10 +75,9 @@ def setup(seed: int | None = None) -> Runtime:
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         # it makes a plan for every new shape, and each decoding step has a new one
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -120,8 +119,7 @@ def _end() -> None:
     # SystemExit ends a script before Python takes its file's name away; other errors are noted
     stopped = main.__spec__ is None and hasattr(main, "__file__")
     if not dist.is_initialized() and not stopped and not hasattr(sys, "last_value"):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        sys.stdout.flush()  # stderr waits for nothing but the end of a line
         os._exit(0)
 
 
@@ -149,8 +147,8 @@ def sum_over_ranks(
     All ranks must bring the same names.
     """
     names = sorted(values)
-    totals = [values[name] for name in names]
-    totals = torch.tensor(totals, dtype=torch.float64, device=rt.device)
+    listed = [values[name] for name in names]
+    totals = torch.tensor(listed, dtype=torch.float64, device=rt.device)
     if rt.world_size > 1:
         dist.all_reduce(totals, op)
     return dict(zip(names, totals.tolist()))
