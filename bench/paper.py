@@ -235,8 +235,11 @@ def figure(rows: dict):
     drawn = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = drawn.subplots()
     colors = {"base": "0.5", "plain": "tab:orange", "sft": "tab:blue", "answer": "tab:red"}
+    colors |= {"longer": "tab:purple"}
     levels = list(world.LEVELS)
     for arm, color in colors.items():
+        if (arm, held_out.OWN) not in rows:
+            continue
         points = []
         for answered in rows[arm, held_out.OWN].values():
             at = [held_out.questions_at(answered, level) for level in levels]

@@ -82,13 +82,12 @@ class Server:
             self.open += 1
             self.most_open = max(self.most_open, self.open)
         time.sleep(self.slow)
+        with self.lock:  # before the reply: whoever has it may ask again at once
+            self.open -= 1
         try:
             self.reply(http, request, self.behave(request))
         except OSError:
             pass  # the other side was killed
-        finally:
-            with self.lock:
-                self.open -= 1
 
     def reply(self, http, request, how):
         if how == "never":

@@ -77,7 +77,8 @@ def test_without_controls_the_report_has_the_main_arms_alone(rows):
 
 def test_the_figure_draws_each_level(rows):
     [axis] = paper.figure(rows).axes
-    assert [line.get_label() for line in axis.lines] == ["base", "plain", "sft", "answer"]
+    drawn = [line.get_label() for line in axis.lines]
+    assert drawn == ["base", "plain", "sft", "answer", "longer"]
     assert list(axis.lines[0].get_ydata()) == [0.25] * 4
 
 
