@@ -714,6 +714,15 @@ rr1/training.py
     test_train.py::test_the_vision_tower_stands_and_the_language_model_moves
         vlm.freeze_vision(model)
         pass
+    test_train.py::test_gradient_checkpointing_computes_again_and_ends_at_the_same_place
+        model.model.language_model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
+    test_train.py::test_a_run_goes_on_with_less_memory
+        "micro_batch",
+        "max_new_tokens",
+    test_train.py::test_a_reward_that_fails_on_a_held_out_record_is_named
+        _, terms = rewards.composite(y, record, formula)
+        terms = {name: reward(y, record) for name, reward in formula.items()}
 
 rr1/runtime.py
     test_runtime.py::test_two_processes
@@ -761,6 +770,9 @@ rr1/run_folder.py
         between = True
         set_random_states(states, self.rt)
         pass
+    test_train.py::test_a_run_killed_before_its_first_checkpoint_looks_once
+        kept = step if folder else -1
+        kept = step
     test_runtime.py::test_save_every_0_is_never_but_at_the_end
         or every > 0 and step
         or step
