@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = {}
     for s in config.seeds:
         tasks[f"probe-{s}"] = ["train_sft.py", *start[s], *sft, "--steps", 12]
-        tasks[f"answer-{s}"] = ["train_grpo.py", *start[s], *ANSWER, *grpo]
+        tasks[f"answer-{s}"] = ["train_grpo.py", *start[s], *grpo, *ANSWER]
     controlled = config.seeds[: config.controls]
     for s in controlled:
         for arm, options in CONTROLS.items():
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def folder(arm: str, seed: int) -> str:
     plain = arm.replace("w/o ", "without-").replace(" ", "-")
-    return plain if arm == "base" else f"{plain}-{seed}"
+    return f"{plain}-{seed}"
 
 
 def scenes_of(config: Config) -> str:
@@ -235,12 +235,10 @@ def figure(rows: dict):
     drawn = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = drawn.subplots()
     colors = {"base": "0.5", "plain": "tab:orange", "sft": "tab:blue", "answer": "tab:red"}
-    colors |= {"longer": "tab:purple"}
+    colors["longer"] = "tab:purple"  # one of the controls, which may not have been run
     levels = list(world.LEVELS)
-    for arm, color in colors.items():
-        if (arm, held_out.OWN) not in rows:
-            continue
-        points = []
+    for arm in [arm for arm in colors if (arm, held_out.OWN) in rows]:
+        color, points = colors[arm], []
         for answered in rows[arm, held_out.OWN].values():
             at = [held_out.questions_at(answered, level) for level in levels]
             points.append([held_out.mean(part) for part in at])

@@ -77,22 +77,20 @@ def main(argv: list[str] | None = None) -> None:
     strong = [r for r in found if r["level"] == "strong" and r["answer"]]
     strong = strong[: config.n]
     arms = {name: [f"{name}-{s}" for s in config.seeds] for name in ("sft", *VARIANTS)}
+    models = {"start": config.model}
+    models |= {run: str(out / run / "model") for of in arms.values() for run in of}
     calls = {}
-    for run in ("start", *(run for of in arms.values() for run in of)):
-        model = config.model if run == "start" else str(out / run / "model")
+    for run, model in models.items():
         for how, *sampling in SAMPLINGS:
             path = out / run / f"{how}.jsonl"
             calls[run, how] = model, strong, path, False, held_out.OWN, *sampling
     rows = runs.in_processes(config, held_out.answers, calls)
-    start = rows["start", "greedy"]
-    table = [row_of("start", ["start"], rows, "-")]
-    points = {}
+    start = held_out.mean(rows["start", "greedy"])
+    table, points = [row_of("start", ["start"], rows, "-")], {}
     for name, of in arms.items():
         took = np.mean([sum(runs.seconds(out / run)) for run in of])
         table.append(row_of(name, of, rows, f"{took:.0f}"))
-        points[name] = [
-            held_out.mean(rows[run, "greedy"]) - held_out.mean(start) for run in of
-        ]
+        points[name] = [held_out.mean(rows[run, "greedy"]) - start for run in of]
     header = [
         "",
         "greedy",

@@ -227,11 +227,7 @@ def added_logits(rows: list[dict], out: Path) -> list[dict]:
     return chosen
 
 
-def write_shown(
-    out: Path,
-    split: str,
-    kind: str,
-) -> Path:
+def write_shown(out: Path, split: str, kind: str) -> Path:
     """The records of out/pairs/SPLIT with other pictures: one letter each, as in ROWS."""
     rows = []
     for record in files.read_lines(out / "pairs" / split / f"{split}.jsonl"):
@@ -251,6 +247,9 @@ def write_shown(
 def answer_tables(rows: dict[str, list[dict]]) -> str:
     """{name: judged rows on damaged pictures} -> what is right, and the same less the base's I_c
     for a question alone, less the chain's for a chain."""
+    keys = [[row["key"] for row in found] for found in rows.values()]
+    if any(own != keys[0] for own in keys):
+        raise SystemExit("not all answered the same records; delete eval-* and run again")
     asked = [("choice", level) for level in LEVELS]
     asked += [("choice", None), ("open", None), ("caption", None)]
     titles = [f"{form}, {level or 'all'}" for form, level in asked]
@@ -270,11 +269,7 @@ def answer_tables(rows: dict[str, list[dict]]) -> str:
     )
 
 
-def rows_of(
-    rows: list[dict],
-    form: str,
-    level: str | None,
-) -> list[dict]:
+def rows_of(rows: list[dict], form: str, level: str | None) -> list[dict]:
     """The answers to one form of question, at one level of damage or at all."""
     found = [row for row in rows if row["form"] == form]
     return [row for row in found if level in (None, metrics.strength(row))]

@@ -75,12 +75,7 @@ def write_data_set(
     print(f"written: {out}/{name}.jsonl, {len(rows)} records")
 
 
-def new_record(
-    record: dict,
-    out: Path,
-    name: str,
-    number: int,
-) -> dict:
+def new_record(record: dict, out: Path, name: str, number: int) -> dict:
     """The line of the new data set; its pictures are paths in `out`."""
     row = {key: value for key, value in record.items() if key not in OURS}
     row["image"] = [
@@ -99,11 +94,7 @@ def new_record(
     return row
 
 
-def copied(
-    source: str,
-    out: Path,
-    name: str,
-) -> str:
+def copied(source: str, out: Path, name: str) -> str:
     """Copy a picture into `out`; its path there."""
     name += Path(source).suffix
     (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -34,32 +34,18 @@ def mean_over_dimensions(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def interpolate(
-    z_0: Tensor,
-    eps: Tensor,
-    t: Tensor,
-) -> Tensor:
+def interpolate(z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """z_t = (1 - t) z_0 + t eps."""
     t = beside(t, z_0)
     return (1 - t) * z_0 + t * eps
 
 
-def v_loss(
-    v: Tensor,
-    z_0: Tensor,
-    eps: Tensor,
-    t: Tensor,
-) -> Tensor:
+def v_loss(v: Tensor, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """|v - (eps - z_0)|^2, averaged over dimensions; (N,). eps - z_0 is d z_t / dt."""
     return mean_over_dimensions((v - (eps - z_0)) ** 2)
 
 
-def eps_loss(
-    v: Tensor,
-    z_0: Tensor,
-    eps: Tensor,
-    t: Tensor,
-) -> Tensor:
+def eps_loss(v: Tensor, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """The loss that the paper prints, |eps_hat - eps|^2 with eps_hat = z_t + (1 - t) v; (N,).
 
     It is (1 - t)^2 times `v_loss`.
@@ -100,53 +86,32 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
-def velocity_at(
-    velocity: Velocity,
-    x: Tensor,
-    t: Tensor,
-) -> Tensor:
+def velocity_at(velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
     """The velocity (N, ..) of all N pictures at one time."""
     return velocity(x, t.to(x).expand(len(x)))
 
 
-def euler_step(
-    x: Tensor,
-    v: Tensor,
-    grid: Tensor,
-    k: int,
-) -> Tensor:
+def euler_step(x: Tensor, v: Tensor, grid: Tensor, k: int) -> Tensor:
     """x + v dt, from grid[k] to grid[k + 1]."""
     dt = float(grid[k + 1] - grid[k])
     return x + v.to(x.dtype) * dt
 
 
 @torch.no_grad()
-def euler(
-    velocity: Velocity,
-    x: Tensor,
-    grid: Tensor,
-) -> Tensor:
+def euler(velocity: Velocity, x: Tensor, grid: Tensor) -> Tensor:
     """The ODE dx = v dt, from noise x = z_1 down to a picture: x <- x + v dt."""
     for k in range(len(grid) - 1):
         x = euler_step(x, velocity_at(velocity, x, grid[k]), grid, k)
     return x
 
 
-def score(
-    x: Tensor,
-    v: Tensor,
-    t: Tensor,
-) -> Tensor:
+def score(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """grad log p_t(x) = -(x + (1 - t) v) / t."""
     t = beside(t, x)
     return -(x + (1 - t) * v) / t
 
 
-def sigma_t(
-    grid: Tensor,
-    k: int,
-    a: float = 0.7,
-) -> float:
+def sigma_t(grid: Tensor, k: int, a: float = 0.7) -> float:
     """sigma_t = a sqrt(t / (1 - t)) at t = grid[k].
 
     At t = 1 the second time of the grid stands in the denominator.
@@ -177,11 +142,7 @@ def sde_step(
     return x + drift * dt, sigma * math.sqrt(-dt)
 
 
-def log_prob(
-    x_next: Tensor,
-    mean: Tensor,
-    std: float,
-) -> Tensor:
+def log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
     """log N(x_next; mean, std^2), averaged over the D dimensions as published code does; (N,).
 
     The sum is D times as large, so a ratio of these is the D-th root of the true one: with D = 3072
@@ -192,11 +153,7 @@ def log_prob(
     return mean_over_dimensions(logps)
 
 
-def kl(
-    mean: Tensor,
-    mean_ref: Tensor,
-    std: float,
-) -> Tensor:
+def kl(mean: Tensor, mean_ref: Tensor, std: float) -> Tensor:
     """KL of two Gaussians, |mean - mean_ref|^2 / (2 std^2), averaged like `log_prob`; (N,).
 
     std^2 is sigma^2 |dt|. Published code leaves |dt| out: its weight of 0.04 is 0.004 here at 10
@@ -256,12 +213,7 @@ def sample_sde(
 Steps = list[tuple[Tensor, float]]  # (mean (N, ..), std) of each of S noisy steps
 
 
-def replay(
-    velocity: Velocity,
-    path: Trajectory,
-    grid: Tensor,
-    a: float = 0.7,
-) -> Steps:
+def replay(velocity: Velocity, path: Trajectory, grid: Tensor, a: float = 0.7) -> Steps:
     """Where a policy, or the reference, would have gone from each recorded x."""
     steps = []
     for k, x in zip(path.ks, path.x):
