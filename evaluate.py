@@ -4,7 +4,7 @@
     2. score      what is reported comes from those files alone (--score-only needs no model)
     3. report     report.txt (also printed), report.json, table_1.png .. figure_6b_length.png in OUT
 
-    python evaluate.py                                          # tiny base, SFT and GRPO models
+    python evaluate.py                                          # tiny base and SFT, runs/grpo/model
     python evaluate.py --models sft=runs/sft/model mine=runs/brevity/model --out runs/eval-mine
     torchrun --nproc-per-node 8 evaluate.py --data test.jsonl --images test_images --batch 16 \\
         --models sft=Jiaqi-hkust/Robust-R1-SFT rl=Jiaqi-hkust/Robust-R1-RL --max-new-tokens 2048

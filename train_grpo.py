@@ -52,7 +52,7 @@ from rr1 import (
     training,
     vlm,
 )
-from rr1.advantages import ADVANTAGES
+from rr1.advantages import ADVANTAGES, weighted_sum
 from rr1.groups import Group, measure, sampler_gap, to_read, to_text
 from rr1.runtime import opt
 
@@ -109,7 +109,7 @@ class Config(training.Options):
     seed: int = opt(
         0, "fixes the order of the records, what is sampled, all that is random"
     )
-    save_every: int = opt(50, "steps between checkpoints")
+    save_every: int = opt(50, "steps between checkpoints; 0: only the last")
 
 
 PANELS = {
@@ -184,10 +184,10 @@ def main(argv: list[str] | None = None) -> None:
                     )
                     group.rewards.append(R)
                     group.terms.append(terms)
-            weighted = weighted_terms(groups, config)  # (B, G, K)
+            terms, weights = earned(groups, config)  # (B, G, K), (K,)
 
             # 3. advantage
-            A = ADVANTAGES[config.advantage](weighted)  # (B, G)
+            A = ADVANTAGES[config.advantage](terms, weights)  # (B, G)
             for group, advantages in zip(groups, A.float().to(rt.device)):
                 group.advantages = advantages
 
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             timer.lap("update")
 
             # 6. log
-            measure(means, groups, weighted.sum(-1))
+            measure(means, groups, weighted_sum(terms, weights))
             metrics = means.over_ranks(rt) | look(step + 1) | timer.seconds
             metrics |= {"grad_norm": norm, "lr": rate}
             tokens = metrics.pop("tokens") * config.prompts * config.group_size
@@ -241,11 +241,11 @@ def load_prompts(config: Config, processor, policy, chosen: list[dict]) -> data.
     return batch
 
 
-def weighted_terms(groups: list[Group], config: Config) -> Tensor:
-    """(B, G, K): each response's K rewards, weighted; their sum is R."""
+def earned(groups: list[Group], config: Config) -> tuple[Tensor, Tensor]:
+    """(B, G, K): each response's K rewards; (K,): their weights."""
     values = [[list(terms.values()) for terms in group.terms] for group in groups]
-    weights = torch.tensor(config.reward_weights or 1.0, dtype=torch.float64)
-    return torch.tensor(values, dtype=torch.float64) * weights
+    terms = torch.tensor(values, dtype=torch.float64)
+    return terms, terms.new_tensor(config.reward_weights or [1.0] * terms.shape[-1])
 
 
 def load_step(

@@ -15,7 +15,7 @@ By default on the drawn world, whose pairs are drawn on first use:
     python train_recover.py                                            # laptop -> runs/recover
     python train_recover.py --stage grpo                               # from the shipped weights
     torchrun --nproc-per-node 2 train_recover.py --out runs/recover2   # the same batch shared out
-    python train_recover.py --data photos --side 64 --out runs/photos  # crops of clean photos
+    python train_recover.py --data photos --side 64 --out runs/recover-photos  # crops of photos
 
 Differences from the paper:
     1. It fine-tunes one 7B model that both recovers and reasons; here the restorer is a network of
@@ -56,7 +56,7 @@ class Config:
     # data
     data: str = opt("", "folder of clean photos; empty: the drawn world")
     side: int | None = opt(
-        None, "of the pictures, a multiple of 8; default: --model's", low=16
+        None, "of the pictures, a multiple of 8; default: --model's, or 32", low=16
     )
 
     # model and method

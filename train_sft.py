@@ -60,7 +60,7 @@ class Config(training.Options):
     # machine
     out: str = opt("runs/sft", "the run's folder")
     seed: int = opt(0, "fixes the order of the records and everything random")
-    save_every: int = opt(100, "steps between checkpoints")
+    save_every: int = opt(100, "steps between checkpoints; 0: only the last")
 
 
 PANELS = {

@@ -6,7 +6,7 @@
 For each seed, from the same base:
 
     plain       train_sft.py --plain: answers without chains, the paper's "w/o reasoning"
-    sft         train_sft.py: the few chains
+    sft         train_sft.py: the chains
     answer      sft, then train_grpo.py: the answer's reward among those of Eq. (9)
 
 and for the first --controls of the seeds:
@@ -223,7 +223,7 @@ def compared(title: str, after: dict, before: dict, name: str = "score") -> list
     ]
     return [
         title,
-        interval(whole._asdict()),
+        interval(whole),
         f"{sum(e.low > 0 for e in each)} of {len(each)}",
     ]
 

@@ -5,8 +5,8 @@
 All reinforce the fine-tuned model by the released code's rewards, for the same number of steps,
 whose seconds are told apart in the table; `sft` is fine-tuned on, on its own chains, for the
 seconds that `grpo` took. maxrl is made for rewards of 0 or 1, so it and the `grpo` beside it get
-accuracy alone. At one update per rollout the ratio is 1 and every clip is the same algorithm: `clip
-.2` and `clip .01, high 10` must agree to the last digit, and do.
+accuracy alone. At one update per rollout the ratio is 1 and every clip is the same algorithm:
+`grpo` (clip .2) and `clip .01, high 10` must agree to the last digit, and do.
 
 Answers are greedy, sampled (the mean of 8) and the best of 8, on held-out scenes at strong damage.
 """
@@ -118,7 +118,7 @@ def row_of(name: str, of: list[str], rows: dict, seconds: str) -> list[str]:
     )
     values = (right, scores.mean(), best, r_deg, r_len)
     accuracy, *others = (f"{value:.3f}" for value in values)
-    less = "-" if name == "start" else interval(gain._asdict())
+    less = "-" if name == "start" else interval(gain)
     return [name, accuracy, less, *others, seconds]
 
 

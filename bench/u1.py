@@ -277,7 +277,7 @@ def rows_of(rows: list[dict], form: str, level: str | None) -> list[dict]:
 
 def paired(rows: list[dict], chain: list[dict]) -> str:
     scores = [metrics.scores_of(found) for found in (rows, chain)]
-    return interval(paired_difference(*scores)._asdict())
+    return interval(paired_difference(*scores))
 
 
 if __name__ == "__main__":

@@ -324,17 +324,20 @@ rr1/advantages.py
     test_grpo.py::test_other_advantages
         * G / max(1, G - 1)
         * G
-        group_advantages(term) for term
-        group_advantages(term, False) for term
+        group_advantages(reward) for
+        group_advantages(reward, False) for
         R / share - 1
         R - share
         R.argmax(
         R.argmin(
-        terms.sum(-1), scale_by_std=False
-        terms.sum(-1), scale_by_std=True
+        weighted_sum(terms, weights), scale_by_std=False
+        weighted_sum(terms, weights), scale_by_std=True
+    test_grpo.py::test_gdpo_weighs_what_is_normalised
+        return weighted_sum(torch.stack(each, -1), weights)
+        return weighted_sum(torch.stack(each, -1), weights.sign())
     test_grpo.py::test_a_group_of_equal_rewards_has_no_advantage_by_any_rule
-        * (R.amax(1, keepdim=True) > R.amin(1, keepdim=True))
-        * 1
+        chosen * differ
+        chosen * 1
 
 rr1/rewards.py
     test_rewards.py::test_a_response_can_be_copied_and_pickled

@@ -94,20 +94,36 @@ TERMS = torch.tensor(
     ],
 )
 def test_other_advantages(name, expected):
-    found = ADVANTAGES[name](TERMS)
+    found = ADVANTAGES[name](TERMS, torch.ones(2, dtype=f64))
     torch.testing.assert_close(
         found, torch.tensor([expected], dtype=f64), atol=1e-3, rtol=0
     )
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
+def test_weights_act_by_every_rule(name):
+    first, second = torch.eye(2, dtype=f64)
+    one = ADVANTAGES[name](TERMS, first)
+    assert torch.equal(one, ADVANTAGES[name](TERMS[..., :1], torch.ones(1, dtype=f64)))
+    assert not torch.equal(one, ADVANTAGES[name](TERMS, second))
+
+
+def test_gdpo_weighs_what_is_normalised():
+    a, b = (group_advantages(reward) for reward in TERMS.unbind(-1))
+    found = ADVANTAGES["gdpo"](TERMS, torch.tensor([3.0, 0.5], dtype=f64))
+    torch.testing.assert_close(found, 3 * a + b / 2)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
 def test_a_group_of_equal_rewards_has_no_advantage_by_any_rule(name):
     for value in (0.0, 1.0):
-        assert (ADVANTAGES[name](torch.full((2, 4, 3), value, dtype=f64)) == 0).all()
+        equal = torch.full((2, 4, 3), value, dtype=f64)
+        assert (ADVANTAGES[name](equal, torch.tensor([0.1, 0.7, 3.0])) == 0).all()
 
 
 def test_maxrl_weighs_a_rare_success_by_one_over_its_share():
-    found = ADVANTAGES["maxrl"](torch.tensor([[[1.0], [0.0], [0.0], [0.0]]]))
+    rare = torch.tensor([[[1.0], [0.0], [0.0], [0.0]]])
+    found = ADVANTAGES["maxrl"](rare, torch.ones(1))
     assert found.tolist() == [[3.0, -1.0, -1.0, -1.0]]
 
 

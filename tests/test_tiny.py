@@ -480,3 +480,30 @@ def test_nothing_outside_asks_whether_this_is_the_tiny_model():
                 path.name,
                 ast.unparse(question),
             )
+
+
+# ---------------------------------------------------------------- pretraining
+
+
+def test_pretraining_makes_a_model_and_skips_what_is_done(tmp_path):
+    command = [sys.executable, "-m", "rr1.tiny.pretrain", "--out", tmp_path, "--batch", 2]
+    command += ["--vision-steps", 1, "--steps", 1, "--again", 1]
+    times = []
+    for _ in range(2):
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+        times.append({p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")})
+    assert times[0] == times[1]
+    assert set(times[0]) == {f"{n}.safetensors" for n in ("1-vision", "2-whole", "3-whole")}
+    model, _ = vlm.load(str(tmp_path / "model"))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_notes_are_for_the_share_of_pictures_that_is_asked_for(built):
+    def begun(notes):
+        batches = lessons.Batches(built, 4, 0, [0], talk=True, notes=notes)
+        talks = batches.batch(np.random.default_rng(0))["conversations"]
+        return [built.decode(talk[0][0]) for talk in talks]
+
+    said = ("light is low", "colors fade")
+    assert not any(text.startswith(said) for text in begun(0.0))
+    assert all(text.startswith(said) for text in begun(1.0))

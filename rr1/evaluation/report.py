@@ -11,7 +11,7 @@ from rr1.evaluation.metrics import (
     table_1,
     table_2,
 )
-from rr1.evaluation.statistics import cell, interval, markdown
+from rr1.evaluation.statistics import Estimate, cell, interval, markdown
 
 SUMMARY = "Damaged pictures, one line a model:"
 TABLE_1 = """\
@@ -140,5 +140,5 @@ def short(estimate: dict | None) -> str:
 
 def change(e: dict) -> str:
     """`+0.012 [-0.040, +0.065] n 170, +11 -9, p 0.82`."""
-    difference = interval(e).strip("*")
+    difference = interval(Estimate(e["value"], e["low"], e["high"], e["n"])).strip("*")
     return f"{difference} n {e['n']}, +{e['gained']} -{e['lost']}, p {e['p']:.2g}"

@@ -119,12 +119,12 @@ def cell(estimate: dict | None) -> str:
     return text
 
 
-def interval(e: dict) -> str:
+def interval(e: Estimate) -> str:
     """`+0.141 [+0.102, +0.180]`, bold if 0 is outside."""
-    if e["value"] is None:
+    if e.value is None:
         return "-"
-    text = f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]"
-    is_clear = e["low"] > 0 or e["high"] < 0
+    text = f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+    is_clear = e.low > 0 or e.high < 0
     return f"**{text}**" if is_clear else text
 
 

@@ -6,6 +6,8 @@ of the content, it reads of clean and mildly damaged pictures; how a picture is 
 all.
 """
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import torch
@@ -14,18 +16,23 @@ from torch.utils.data import IterableDataset
 from degrade import Degradation, degrade
 from rr1.chain import build_question
 from rr1.tiny import questions, scenes, world
+from rr1.vlm import Processor
 
 STEPWISE = "say what you see, then answer step by step."
-NOTES = 0.5  # the share of pictures whose colours are not the true ones, as a note says
 
 
+@dataclass(eq=False)
 class Batches(IterableDataset):
     """Endless batches, made in a worker process: `talking` pictures with conversations, and
-    `damaged` ones without."""
+    `damaged` ones without. `notes`: the share of pictures whose colours are not the true ones, as
+    a note says."""
 
-    def __init__(self, processor, talking: int, damaged: int, seed: list[int], talk: bool):
-        self.processor, self.talking, self.damaged = processor, talking, damaged
-        self.seed, self.talk = seed, talk
+    processor: Processor
+    talking: int
+    damaged: int
+    seed: list[int]
+    talk: bool
+    notes: float = 0.0
 
     def __iter__(self):
         cv2.setNumThreads(1)
@@ -45,7 +52,7 @@ class Batches(IterableDataset):
         for b in range(n):
             scene = seen = scenes.sample_scene(rng)
             note = ""
-            if b < self.talking and rng.random() < NOTES:
+            if b < self.talking and rng.random() < self.notes:
                 seen, note = looks_otherwise(scene, rng)
             spots = scenes.arrange(scene, rng)
             image = scenes.draw(seen, rng, spots=spots)
@@ -80,7 +87,7 @@ class Batches(IterableDataset):
         scene = scenes.sample_scene(rng)
         applied = world.sample_damage(rng, ("light", "medium", "strong")[rng.integers(3)])
         note = questions.influence(applied)
-        if rng.random() < NOTES:
+        if rng.random() < self.notes:
             note = looks_otherwise(scene, rng)[1]
         question = questions.ask(scene, rng, about=questions.looks(note))
         length = int(rng.integers(questions.LEAST, questions.MOST))

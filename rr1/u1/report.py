@@ -1,7 +1,7 @@
 """How well damage was undone: PSNR, SSIM and R_sem of pictures that no step trained on.
 
     python -m rr1.u1.report --restorer runs/recover/model               # held-out scenes
-    python -m rr1.u1.report --restorer runs/photos/model --data photos  # crops of photos
+    python -m rr1.u1.report --restorer runs/recover-photos/model --data photos  # crops of photos
 
 writes report.txt and strip.png (damaged, recovered, clean). Undamaged pictures are left out: they
 would count 100 dB each. Intervals are 95 %, by a bootstrap over pictures.
@@ -147,8 +147,7 @@ def gains(before: Scores, after: Scores) -> list[str]:
     """How much more each measure is after than before, paired by picture."""
     found = []
     for m in before:
-        difference = paired_difference(after[m], before[m])
-        found.append(interval(difference._asdict()))
+        found.append(interval(paired_difference(after[m], before[m])))
     return found
 
 
