@@ -1,5 +1,5 @@
 """The same numbers in less time: `fast.enable(model)`, once after loading. Delete this file and
-those calls, and everything still runs.
+those calls, and everything but `rr1.certify` still runs.
 
     scoring     attention over packed rows in two parts, so that what one response could look at in
                 another is never computed
