@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. answer, 3. compare
     found = records.read(tiny.dataset("test"))
-    strong = [r for r in found if r["level"] == "strong" and r["answer"]]
-    strong = strong[: config.n]
+    strong = [r for r in found if r["level"] == "strong" and r["answer"]][: config.n]
     arms = {name: [f"{name}-{s}" for s in config.seeds] for name in ("sft", *VARIANTS)}
     models = {"start": config.model}
     models |= {run: str(out / run / "model") for of in arms.values() for run in of}

@@ -247,8 +247,8 @@ def write_shown(out: Path, split: str, kind: str) -> Path:
 def answer_tables(rows: dict[str, list[dict]]) -> str:
     """{name: judged rows on damaged pictures} -> what is right, and the same less the base's I_c
     for a question alone, less the chain's for a chain."""
-    keys = [[row["key"] for row in found] for found in rows.values()]
-    if any(own != keys[0] for own in keys):
+    keys = {tuple(row["key"] for row in found) for found in rows.values()}
+    if len(keys) > 1:
         raise SystemExit("not all answered the same records; delete eval-* and run again")
     asked = [("choice", level) for level in LEVELS]
     asked += [("choice", None), ("open", None), ("caption", None)]
@@ -276,8 +276,7 @@ def rows_of(rows: list[dict], form: str, level: str | None) -> list[dict]:
 
 
 def paired(rows: list[dict], chain: list[dict]) -> str:
-    scores = [metrics.scores_of(found) for found in (rows, chain)]
-    return interval(paired_difference(*scores))
+    return interval(paired_difference(metrics.scores_of(rows), metrics.scores_of(chain)))
 
 
 if __name__ == "__main__":

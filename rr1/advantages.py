@@ -16,8 +16,8 @@ def weighted_sum(terms: Tensor, weights: Tensor) -> Tensor:
 
 def rloo(terms: Tensor, weights: Tensor) -> Tensor:
     """RLOO (arXiv 2402.14740): R minus the mean of the group's other responses."""
-    R, G = weighted_sum(terms, weights), terms.shape[1]
-    return group_advantages(R, scale_by_std=False) * G / max(1, G - 1)
+    G = terms.shape[1]
+    return centred(terms, weights) * G / max(1, G - 1)
 
 
 def gdpo(terms: Tensor, weights: Tensor) -> Tensor:

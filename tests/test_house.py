@@ -62,7 +62,7 @@ def test_a_file_is_read_in_one_sitting(path):
 def test_the_whole_does_not_grow():
     """72,000 tokens are the aim; this keeps what is there from growing on the way."""
     tokens, lines = total(SOURCE)
-    assert tokens <= 94_950 and tokens <= 9.5 * lines, (
+    assert tokens <= 94_900 and tokens <= 9.5 * lines, (
         f"{tokens}, {tokens / lines:.1f} a code line"
     )
 

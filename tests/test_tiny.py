@@ -487,13 +487,13 @@ def test_nothing_outside_asks_whether_this_is_the_tiny_model():
 
 def test_pretraining_makes_a_model_and_skips_what_is_done(tmp_path):
     command = [sys.executable, "-m", "rr1.tiny.pretrain", "--out", tmp_path, "--batch", 2]
-    command += ["--vision-steps", 1, "--steps", 1, "--again", 1]
+    command += ["--vision-steps", 1, "--steps", 1, "--notes", 1]
     times = []
     for _ in range(2):
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
         times.append({p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")})
     assert times[0] == times[1]
-    assert set(times[0]) == {f"{n}.safetensors" for n in ("1-vision", "2-whole", "3-whole")}
+    assert set(times[0]) == {f"{n}.safetensors" for n in ("1-vision", "2-whole", "3-notes")}
     model, _ = vlm.load(str(tmp_path / "model"))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 

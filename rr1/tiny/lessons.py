@@ -56,11 +56,7 @@ class Batches(IterableDataset):
                 seen, note = looks_otherwise(scene, rng)
             spots = scenes.arrange(scene, rng)
             image = scenes.draw(seen, rng, spots=spots)
-            applied = sample_lesson_damage(
-                rng,
-                mild=b < self.talking,
-                rare=self.talk,
-            )
+            applied = sample_lesson_damage(rng, mild=b < self.talking, rare=self.talk)
             image = degrade(image, applied, seed=int(rng.integers(2**31)))
             for kind, s in applied:
                 damage[b, :, world.TYPES.index(kind)] = 1, s

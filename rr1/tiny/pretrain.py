@@ -64,11 +64,10 @@ class Heads(nn.Module):
         """features (B, 16, H) -> loss, shares read right. A target of -100 is not read."""
         whole = features.mean(1)  # (B, H)
         shape, color = batch["cells"].flatten(0, 2).unbind(-1)  # (16 B,) each
-        place = torch.arange(16).repeat(len(features))
         targets = {
             "shape": shape,
             "color": color,
-            "place": place,
+            "place": torch.arange(16).repeat(len(features)),
         }
         # (16 B, classes) each
         cells = {name: self.read[name](features).flatten(0, 1) for name in targets}
@@ -140,7 +139,7 @@ class Config:
     out: str = opt("runs/tiny-base", "folder; the checkpoint is its subfolder model/")
     vision_steps: int = opt(1800, "steps of the vision phase")
     steps: int = opt(560, "steps of the whole phase")
-    again: int = opt(400, "steps of the phase with notes, from 0.6 of the rate")
+    notes: int = opt(400, "steps of the phase with notes, from 0.6 of the rate")
     batch: int = opt(32, "pictures that are talked about a step, over all processes")
     lr: float = opt(1.5e-3, "peak learning rate")
     seed: int = opt(0, "fixes the weights' start and the data")
@@ -212,9 +211,9 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(a.seed)
-    if not (out / "model").exists():
-        # the tokenizer is made once: its ids follow from the world's text
-        with runtime.main_first(rt):
+    # the tokenizer is made once: its ids follow from the world's text
+    with runtime.main_first(rt):
+        if not (out / "model").exists():
             build_processor().save_pretrained(out / "model")
     processor = Processor.from_pretrained(str(out / "model"))
     model = build_model(processor.tokenizer)
@@ -245,13 +244,11 @@ def main(argv: list[str] | None = None) -> None:
     language = model.model.language_model
     matrices = [p for p in language.layers.parameters() if p.ndim == 2]
     rest = [p for p in language.parameters() if not any(p is m for m in matrices)]
-    for number, steps, rate, notes in ((2, a.steps, 1, 0.0), (3, a.again, 0.6, 0.5)):
+    phases = (2, "whole", a.steps, 1, 0.0), (3, "notes", a.notes, 0.6, 0.5)
+    for number, name, steps, rate, notes in phases:
         muon = [{"params": matrices, "initial_lr": 0.02 * rate}]
         optimizers = [torch.optim.Muon(muon, lr=0.02, weight_decay=0.02)]
-        optimizers += [
-            adamw(2 * a.lr * rate, rest),
-            adamw(a.lr / 4 * rate, seeing),
-        ]
+        optimizers += [adamw(2 * a.lr * rate, rest), adamw(a.lr / 4 * rate, seeing)]
         lessons = Batches(
             processor,
             share,
@@ -261,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             notes=notes,
         )
         train(
-            out / f"{number}-whole.safetensors",
+            out / f"{number}-{name}.safetensors",
             steps,
             lessons,
             optimizers,
@@ -271,7 +268,6 @@ def main(argv: list[str] | None = None) -> None:
         )
     if rt.is_main:
         model.half().save_pretrained(out / "model")
-        processor.save_pretrained(out / "model")
         print("written:", out / "model")
     runtime.teardown(rt)
 

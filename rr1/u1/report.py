@@ -120,11 +120,7 @@ def to_png(image: np.ndarray) -> bytes:
     return png.tobytes()
 
 
-def table(
-    scores: dict[str, Scores],
-    first: str,
-    titles: dict[str, str] = TITLES,
-) -> str:
+def table(scores: dict[str, Scores], first: str, titles: dict[str, str] = TITLES) -> str:
     """The rows' means, and in brackets paired differences: of the row `first` to the damaged
     pictures, of the others to `first`. Then the gain of `first` by how damaged they are."""
     rows = []
@@ -145,10 +141,7 @@ def table(
 
 def gains(before: Scores, after: Scores) -> list[str]:
     """How much more each measure is after than before, paired by picture."""
-    found = []
-    for m in before:
-        found.append(interval(paired_difference(after[m], before[m])))
-    return found
+    return [interval(paired_difference(after[m], before[m])) for m in before]
 
 
 def by_damage(

@@ -25,12 +25,7 @@ SHIFT = 10.0  # of a recovery's times: the damage is told apart near t = 1, so m
 TIME = 128  # numbers that say what t is
 
 
-def conv(
-    inputs: int,
-    outputs: int,
-    size: int = 3,
-    stride: int = 1,
-) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
     """A convolution that keeps the picture's side, but for its stride."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2)
 
@@ -138,12 +133,7 @@ class Restorer(nn.Module):
         start_at_zero(self.end[-1])
         start_at_zero(self.colour)
 
-    def forward(
-        self,
-        z_t: Tensor,
-        z_c: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def forward(self, z_t: Tensor, z_c: Tensor, t: Tensor) -> Tensor:
         """The velocity (N, 3, H, W) at z_t and the times t (N,), given z_c."""
         m, s = self.mean_and_deviation(z_t, z_c, t)
         t = flow.beside(t, z_t)

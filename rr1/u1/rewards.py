@@ -76,11 +76,7 @@ def r_sem(
     return torch.exp(-alpha * (1 - cosine))
 
 
-def terms(
-    pictures: Tensor,
-    clean: Tensor,
-    encoder: Encoder,
-) -> dict[str, Tensor]:
+def terms(pictures: Tensor, clean: Tensor, encoder: Encoder) -> dict[str, Tensor]:
     """The terms of R, each (N,): pix and sem."""
     return {"pix": ssim(pictures, clean), "sem": r_sem(pictures, clean, encoder)}
 
