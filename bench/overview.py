@@ -1,6 +1,6 @@
 """The README's picture: a damaged scene, the chain that the model writes about it, curves of a run.
 
-python bench/overview.py                # after train_grpo.py; writes docs/overview.png
+python bench/overview.py                # after bench/paper.py; writes docs/overview.png
 """
 
 import tempfile
@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from rr1 import files, records, tiny
 from rr1.curves import draw_curve
 
-RUN = Path("runs/grpo")
-RECORD = 26  # of the held-out data
-CURVES = ("reward/deg", "reward/len")
+RUN = Path("runs/paper/longer-0")  # the shipped grpo
+RECORD = 268  # of the held-out data
+CURVES = ("reward/accuracy", "reward/deg", "reward/len")
 OUT = "docs/overview.png"
 
 
