@@ -16,7 +16,7 @@ from rr1.curves import draw_curve
 
 RUN = Path("runs/paper/longer-0")  # the shipped grpo
 RECORD = 268  # of the held-out data
-CURVES = ("reward/accuracy", "reward/deg", "reward/len")
+CURVES = ("reward/accuracy", "reward/deg")
 OUT = "docs/overview.png"
 
 
