@@ -1,7 +1,8 @@
 """What of the paper's claim can be seen in the drawn world? All the evidence, by one command.
 
     python bench/paper.py --jobs 2               # 3 seeds -> runs/paper/report.md, accuracy.png
-    python bench/paper.py --seeds 0 --world 5    # another world's held-out scenes: to try settings
+    python bench/paper.py --jobs 2 --worlds 0 5  # then: the same models, more held-out scenes
+    python bench/paper.py --worlds 5 --out runs/try             # to try settings, without world 0
 
 For each seed, from the same base:
 
@@ -84,8 +85,8 @@ class Config:
     model: str = opt(tiny.BASE, "the base that all start from")
     seeds: list[int] = opt([0, 1, 2], "of training")
     controls: int = opt(3, "how many of them, from the first, get the controls too", low=0)
-    world: int = opt(
-        0, "whose held-out scenes are asked about; 0 is the one that is never tuned on"
+    worlds: list[int] = opt(
+        [0], "whose held-out scenes are asked about; 0 is never tuned on"
     )
     sft: str = opt("", 'more options for train_sft.py, as --sft="--steps 300"')
     grpo: str = opt("", "more options for train_grpo.py")
@@ -95,7 +96,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     config = runtime.parse_config(Config, argv, __doc__)
-    out = runs.begin(config, free={"seeds", "controls", "jobs"})
+    out = runs.begin(config, free={"seeds", "controls", "worlds", "jobs"})
     tiny.dataset("train")  # drawn once, before several processes want it
 
     # 1. train
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     runs.train(config, tasks)
 
     # 2. answer
-    found = records.read(scenes_of(config))
+    found = [record for w in config.worlds for record in records.read(scenes_of(config, w))]
     strong = [record for record in found if record["level"] == "strong"]
     calls = {}
     for arm in ARMS:
@@ -135,10 +136,10 @@ def main(argv: list[str] | None = None) -> None:
             model = config.model if arm == "base" else str(out / name / "model")
             for condition in (held_out.OWN, *(FORCINGS if arm in FORCED else ())):
                 asked = found if condition == held_out.OWN else strong
-                path = out / name / f"answers {condition}.jsonl"
+                path = out / name / f"answers {condition}, worlds {config.worlds}.jsonl"
                 calls[arm, condition, s] = model, asked, path, arm in PLAIN, condition
     answered = runs.in_processes(config, held_out.answers, calls)
-    rows: dict[tuple[str, str], dict[int, list[dict]]] = {}
+    rows = {}  # (arm, condition) -> seed -> answers
     for (arm, condition, s), made in answered.items():
         rows.setdefault((arm, condition), {})[s] = made
 
@@ -150,17 +151,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def folder(arm: str, seed: int) -> str:
-    plain = arm.replace("w/o ", "without-").replace(" ", "-")
-    return f"{plain}-{seed}"
+    return arm.replace("w/o ", "without-").replace(" ", "-") + f"-{seed}"
 
 
-def scenes_of(config: Config) -> str:
+def scenes_of(config: Config, seed: int) -> str:
     """The held-out file of a world."""
-    if config.world == 0:
+    if seed == 0:
         return tiny.dataset("test")
-    return str(
-        world.write(f"{config.out}/world", train=8, seed=config.world) / "test.jsonl"
-    )
+    return str(world.write(f"{config.out}/world-{seed}", 8, seed=seed) / "test.jsonl")
 
 
 def report(rows: dict[tuple[str, str], dict[int, list[dict]]]) -> str:
@@ -221,11 +219,7 @@ def compared(title: str, after: dict, before: dict, name: str = "score") -> list
         held_out.difference([after[s] for s in some], [before[s] for s in some], name)
         for some in (seeds, *([s] for s in seeds))
     ]
-    return [
-        title,
-        interval(whole),
-        f"{sum(e.low > 0 for e in each)} of {len(each)}",
-    ]
+    return [title, interval(whole), f"{sum(e.low > 0 for e in each)} of {len(each)}"]
 
 
 def figure(rows: dict):
@@ -234,8 +228,13 @@ def figure(rows: dict):
 
     drawn = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = drawn.subplots()
-    colors = {"base": "0.5", "plain": "tab:orange", "sft": "tab:blue", "answer": "tab:red"}
-    colors["longer"] = "tab:purple"  # one of the controls, which may not have been run
+    colors = {
+        "base": "0.5",
+        "plain": "tab:orange",
+        "sft": "tab:blue",
+        "answer": "tab:red",
+        "longer": "tab:purple",
+    }
     levels = list(world.LEVELS)
     for arm in [arm for arm in colors if (arm, held_out.OWN) in rows]:
         color, points = colors[arm], []
