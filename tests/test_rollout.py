@@ -60,7 +60,7 @@ def forced(model, bias):
 
 def test_greedy_equals_generate_token_for_token(processor, way):
     """200 prompts in one batch; some responses end their turn early, some are cut off."""
-    model = random_model(processor.tokenizer, seed=7, hidden=192).double()
+    model = random_model(processor.tokenizer, seed=6, hidden=192).double()
     way(model)
     vlm.freeze_vision(model)
     batch = batch_of(processor, 200)
